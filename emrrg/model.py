@@ -1,0 +1,248 @@
+"""The whole system: chest X-rays in, a report out (EMRRG, arXiv 2510.16776, section 3).
+
+    vis  = LN(W_p mean_over_views(encoder(image)))              (B, P+1, H)
+    seq  = [BOS] "Human: <Img>" vis "</Img> Generate ... \\nAssistant:" report "</s>"
+    loss = mean over report tokens of -log p(token | everything before it)
+
+The encoder is a vision Mamba (`emrrg.vision`), the decoder a Llama (`emrrg.decoder`), some of
+whose layers also cross-attend to `vis`. Attribute names are those of the released checkpoints:
+`visual_encoder`, `llama_proj`, `layer_norm`, `llama_model`.
+
+Shapes: B studies, V views a study, S pixels a side, P patches, H the decoder's width, R report
+tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from emrrg.config import ModelConfig
+from emrrg.data.dataset import collate_views
+from emrrg.data.images import load_image, normalize
+from emrrg.decoder import Decoder, DecoderConfig
+from emrrg.generation import GenerationConfig, generate
+from emrrg.lora import add_lora
+from emrrg.tokenizer import Tokenizer
+from emrrg.vision import VisionMamba
+
+IGNORED = -100  # the label of positions that do not count in the loss
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """The decoder's input for a batch of studies, up to and including the prompt."""
+
+    embeds: Tensor
+    """(B, T, H): [BOS] prompt, image tokens, prompt."""
+    vis: Tensor
+    """(B, P+1, H): the image tokens, which the hybrid layers attend to."""
+    text_mask: Tensor
+    """(B, T) bool: True for text, False for image positions."""
+
+
+class ReportGenerator(nn.Module):
+    """A vision Mamba, a projector and a Llama that together write radiology reports.
+
+    Args:
+        config: sizes, adapters, prompt; `config.decoder` holds the fields of `DecoderConfig`.
+        tokenizer: turns reports into ids; its vocabulary must not exceed the decoder's.
+        decoder: a decoder that is loaded already; None builds one with random weights.
+    """
+
+    def __init__(
+        self, config: ModelConfig, tokenizer: Tokenizer, decoder: Decoder | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.generation = GenerationConfig()
+        self.visual_encoder = VisionMamba(
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            dim=config.dim,
+            depth=config.depth,
+            state_dim=config.state_dim,
+            drop_path=config.drop_path,
+        )
+        if decoder is None:
+            decoder = Decoder(DecoderConfig(**config.decoder))
+        self.llama_model = decoder
+        hidden = decoder.config.hidden_size
+        self.llama_proj = nn.Linear(config.dim, hidden)
+        self.layer_norm = nn.LayerNorm(hidden)
+        if config.blind:
+            tokens = (config.image_size // config.patch_size) ** 2 + 1
+            self.register_buffer("feature_mean", torch.zeros(tokens, config.dim))
+        if config.lora_targets:
+            add_lora(
+                self,
+                config.lora_targets,
+                rank=config.lora_rank,
+                scale=config.lora_scale,
+                dropout=config.lora_dropout,
+            )
+        ids_before, ids_after = (tokenizer.encode(part) for part in config.prompt)
+        self._ids_before = [tokenizer.bos_id, *ids_before]
+        self._ids_after = ids_after
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.llama_proj.weight.device
+
+    def features(self, images: Tensor, view_mask: Tensor) -> Tensor:
+        """Token features of each study, averaged over the views that are present.
+
+        Args:
+            images: (B, V, 3, S, S) float, normalised; absent views hold anything.
+            view_mask: (B, V) bool, True where there is a view; at least one a study.
+        Returns:
+            (B, P+1, D).
+        """
+        if self.config.blind:
+            return self.feature_mean.expand(len(images), -1, -1)
+        if images.shape[1] == 1:
+            return self.visual_encoder(images[:, 0])
+        tokens = self.visual_encoder(images[view_mask])  # (views, P+1, D)
+        study = view_mask.nonzero()[:, 0]
+        total = tokens.new_zeros(len(images), *tokens.shape[1:]).index_add(0, study, tokens)
+        return total / view_mask.sum(1).view(-1, 1, 1).to(tokens.dtype)
+
+    def project(self, features: Tensor) -> Tensor:
+        """Image features to the decoder's width: (B, P+1, D) -> (B, P+1, H)."""
+        return self.layer_norm(self.llama_proj(features))
+
+    def encode(self, images: Tensor, view_mask: Tensor) -> EncodedBatch:
+        """Images to the decoder's input up to the prompt's end; arguments as `features`."""
+        vis = self.project(self.features(images, view_mask))
+        before, after = (
+            self.llama_model.embed(torch.tensor(ids, device=vis.device)).expand(len(vis), -1, -1)
+            for ids in (self._ids_before, self._ids_after)
+        )
+        embeds = torch.cat([before.to(vis.dtype), vis, after.to(vis.dtype)], dim=1)
+        text_mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=vis.device)
+        text_mask[:, before.shape[1] : before.shape[1] + vis.shape[1]] = False
+        return EncodedBatch(embeds, vis, text_mask)
+
+    def forward(self, images: Tensor, view_mask: Tensor, report_ids: Tensor) -> Tensor:
+        """The training loss.
+
+        Args:
+            images: (B, V, 3, S, S) float, normalised.
+            view_mask: (B, V) bool.
+            report_ids: (B, R) int64: report, end mark, then `IGNORED` to the right.
+        Returns:
+            () fp32: cross-entropy averaged over report tokens, the end mark included.
+        """
+        prefix = self.encode(images, view_mask)
+        inputs = report_ids[:, :-1].clamp(min=0)  # what is ignored as a label is never seen either
+        report = self.llama_model.embed(inputs).to(prefix.embeds.dtype)
+        embeds = torch.cat([prefix.embeds, report], dim=1)
+        text_mask = torch.cat([prefix.text_mask, torch.ones_like(inputs, dtype=torch.bool)], dim=1)
+        hidden = self.llama_model.hidden_states(embeds, vis=prefix.vis, text_mask=text_mask)
+        return self.llama_model.loss(hidden[:, prefix.embeds.shape[1] - 1 :], report_ids)
+
+    def report_ids(self, reports: Sequence[str]) -> Tensor:
+        """Reports to labels: cut to `max_report_tokens`, end mark, padded with `IGNORED`.
+
+        Returns:
+            (B, R) int64 on the CPU.
+        """
+        limit = self.config.max_report_tokens
+        rows = [[*self.tokenizer.encode(r)[:limit], self.tokenizer.eos_id] for r in reports]
+        width = max(map(len, rows), default=1)
+        return torch.tensor([row + [IGNORED] * (width - len(row)) for row in rows])
+
+    @torch.inference_mode()
+    def generate_batch(
+        self, images: Tensor, view_mask: Tensor, generation: GenerationConfig | None = None
+    ) -> list[str]:
+        """Write one report a study; arguments as `features`, on the model's device."""
+        prefix = self.encode(images, view_mask)
+        mask = torch.ones(prefix.embeds.shape[:2], dtype=torch.long, device=prefix.embeds.device)
+        ids = generate(
+            self.llama_model,
+            prefix.embeds,
+            mask,
+            vis=prefix.vis,
+            text_mask=prefix.text_mask,
+            config=self.generation_config(generation),
+        )
+        return [self.tokenizer.decode(row) for row in ids]
+
+    def generation_config(self, generation: GenerationConfig | None = None) -> GenerationConfig:
+        """The generation settings with this tokenizer's end and padding ids filled in."""
+        return dataclasses.replace(
+            generation or self.generation,
+            eos_token_id=self.tokenizer.eos_id,
+            pad_token_id=self.tokenizer.pad_id,
+        )
+
+    def load_views(self, paths: Sequence[str | Path]) -> Tensor:
+        """Read the images of one study: (V, 3, S, S) uint8 on the CPU."""
+        size = self.config.image_size
+        views = [np.ascontiguousarray(load_image(path, size)) for path in paths]
+        return torch.stack([torch.from_numpy(v).permute(2, 0, 1) for v in views])
+
+    def generate(self, studies: Sequence[Sequence[str | Path]], **settings: Any) -> list[str]:
+        """Write a report for each study.
+
+        Args:
+            studies: for each study the paths of its views (PNG, JPEG, DICOM, ...).
+            **settings: fields of `GenerationConfig` to change, such as ``num_beams=1``.
+        Returns:
+            One report a study.
+        Raises:
+            InputError: an image is missing or broken (the message names it).
+        """
+        training = self.training
+        self.eval()
+        try:
+            batch, mask = collate_views([self.load_views(paths) for paths in studies])
+            images = normalize(batch.to(self.device))
+            return self.generate_batch(
+                images, mask.to(self.device), dataclasses.replace(self.generation, **settings)
+            )
+        finally:
+            self.train(training)
+
+
+def set_regime(model: ReportGenerator, regime: str) -> list[str]:
+    """Decide what trains; everything else is frozen (SPEC: regimes).
+
+    Args:
+        model: the system.
+        regime: ``peft`` (adapters, projector, hybrid layers), ``full`` (everything), ``encoder``
+            (encoder, projector, hybrid layers) or ``linear-probe`` (projector alone).
+    Returns:
+        Names of the trainable parameters.
+    """
+    hybrid = {f"llama_model.{name}" for name in model.llama_model.hybrid_parameter_names()}
+    trained = []
+    for name, parameter in model.named_parameters():
+        projector = name.startswith(("llama_proj.", "layer_norm."))
+        wanted = {
+            "peft": projector or name in hybrid or is_adapter(name),
+            "full": True,
+            "encoder": projector or name in hybrid or name.startswith("visual_encoder."),
+            "linear-probe": projector,
+        }[regime]
+        if model.config.blind and name.startswith("visual_encoder."):
+            wanted = False  # nothing would reach it
+        parameter.requires_grad_(wanted)
+        if wanted:
+            trained.append(name)
+    return trained
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter belongs to an adapter, by its name."""
+    return ".lora_" in name or name.startswith("lora_")
