@@ -1,0 +1,53 @@
+"""From flags to data sets: the three splits of a run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from emrrg.config import TrainConfig
+from emrrg.data.dataset import PhantomStudies, RecordStudies, Studies
+from emrrg.data.r2gen import read_annotation
+from emrrg.errors import InputError
+
+SPLITS = ("train", "val", "test")
+PHANTOM_COUNTS = {"train": 1000, "val": 64, "test": 300}
+
+
+def load_studies(
+    config: TrainConfig, image_size: int, splits: tuple[str, ...] = SPLITS
+) -> dict[str, Studies]:
+    """The data that the flags describe.
+
+    Args:
+        config: training flags; ``dataset``, ``annotation``, ``images``, ``*_studies``, ``domain``.
+        image_size: pixels a side.
+        splits: which of train, val and test to load.
+    Returns:
+        Split name to data set.
+    Raises:
+        InputError: the annotation or an image it names is missing or wrong, or a split that is
+            needed is empty.
+    """
+    counts = {split: getattr(config, f"{split}_studies") for split in SPLITS}
+    studies: dict[str, Studies] = {}
+    if config.dataset == "phantoms":
+        for split in splits:
+            studies[split] = PhantomStudies(
+                split,
+                counts[split] or PHANTOM_COUNTS[split],
+                domain=config.domain,
+                size=image_size,
+                seed=config.seed,
+                processes=min(8, os.cpu_count() or 1),
+            )
+        return studies
+    if config.annotation is None or config.images is None:
+        raise InputError("--annotation and --images: needed for a data set of your own")
+    records = read_annotation(Path(config.annotation), Path(config.images))
+    for split in splits:
+        chosen = list(records.get(split, ()))[: counts[split]]
+        if not chosen and split != "val":
+            raise InputError(f"--annotation: {config.annotation} has no {split!r} studies")
+        studies[split] = RecordStudies(chosen, image_size)
+    return studies

@@ -1,0 +1,42 @@
+"""Pictures of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from emrrg.jsonl import read_rows
+
+
+def plot_curves(metrics: Path, path: Path) -> None:
+    """Draw loss, learning rate and validation scores over the steps of ``metrics.jsonl``.
+
+    Args:
+        metrics: the run's log.
+        path: PNG to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_rows(metrics)
+    training = [r for r in rows if "loss" in r]
+    validation = [r for r in rows if "val" in r]
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    steps = [r["step"] for r in training]
+    left.plot(steps, [r["loss"] for r in training], color="black", label="training loss")
+    left.set(xlabel="step", ylabel="cross-entropy a token", title="Loss")
+    rate = left.twinx()
+    rate.plot(steps, [r["lr"] for r in training], color="grey", linestyle=":")
+    rate.set_ylabel("learning rate (dotted)")
+    styles = {"BLEU-4": "-o", "ROUGE-L": "--s", "CIDEr": "-.^", "finding F1": ":D"}
+    for name, style in styles.items():
+        points = [(r["step"], r["val"][name]) for r in validation if r["val"].get(name) is not None]
+        if points:
+            right.plot(*zip(*points, strict=True), style, label=name, markersize=4)
+    right.set(xlabel="step", title="Validation")
+    if validation:
+        right.legend(fontsize=8)
+    else:
+        right.text(0.5, 0.5, "no validation yet", ha="center", transform=right.transAxes)
+    figure.savefig(path, dpi=110)
