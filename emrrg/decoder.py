@@ -1,0 +1,1048 @@
+"""A Llama decoder, some of whose layers also look at the image (EMRRG, section 3.3).
+
+Base: the Llama architecture as Hugging Face folders hold it: RMSNorm, rotary positions (with
+Llama-3 scaling), grouped-query attention, SwiGLU, optional q/k/v biases (Qwen), a sliding window
+(Mistral), tied or untied embeddings. Parameter names are Hugging Face's.
+
+A hybrid layer adds non-causal attention to the image tokens inside the self-attention block:
+
+    t = RMSNorm_in(x)                   v = RMSNorm_in(vis)          one norm for both
+    a = self-attention of t, before o_proj;  q its queries, rotated
+    K, V = W_kv v + b                                                no rotation
+    c = softmax(q K^T / sqrt(d)) V
+    g = tanh(w_g . a + b_g) * tanh(alpha)          gate "token": one number a token
+    g = sigmoid(s * a + b) * tanh(alpha)           gate "channel": s, b, alpha one a channel
+    x = x + W_o (a + g * c);   x = x + MLP(RMSNorm_post(x))
+
+alpha = 0 at the start, so that the layer equals the plain one exactly. Only text positions
+receive ``g * c``.
+
+Glossary: `cross_attn.kv_proj` is W_kv and b; `cross_attn.gate` is w_g and b_g; `cross_attn.scale`
+and `cross_attn.shift` are s and b of the channel gate; `cross_attn.alpha` is alpha.
+
+Shapes: B studies, T tokens, I image tokens, H width, V vocabulary, W sequences decoded together
+from one study's prefix (beams or samples), S keys held by a cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from emrrg.errors import InputError
+from emrrg.pretrained import WeightFolder, read_folder_config
+
+IGNORED = -100
+LOSS_CHUNK = 2**21  # logits held at once by the loss: 8 MiB in fp32, 65 tokens of a 32,000 vocabulary
+
+Gate = Literal["token", "channel"]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and variants of a `Decoder`; field names are Hugging Face's where it has one."""
+
+    vocab_size: int
+    """Rows of the embedding."""
+    hidden_size: int
+    """Width of the residual stream."""
+    intermediate_size: int
+    """Width inside the SwiGLU."""
+    num_hidden_layers: int
+    """Layers."""
+    num_attention_heads: int
+    """Query heads."""
+    num_key_value_heads: int | None = None
+    """Key and value heads, a divisor of the query heads; None: as many."""
+    head_dim: int | None = None
+    """Width of a head, even; None: hidden_size / num_attention_heads."""
+    max_position_embeddings: int = 2048
+    """Most tokens in a sequence, prompt and image included."""
+    rms_norm_eps: float = 1e-6
+    """Added to the mean square inside the norms."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: Mapping[str, Any] | None = None
+    """Scaling of the rotary frequencies: ``rope_type`` linear (``factor``) or llama3 (also
+    ``low_freq_factor``, ``high_freq_factor``, ``original_max_position_embeddings``)."""
+    sliding_window: int | None = None
+    """A token sees itself and this many minus one before it; None: everything before it."""
+    sliding_layers: tuple[int, ...] | None = None
+    """Layers with the window; None: all, if there is a window."""
+    qkv_bias: bool = False
+    """Biases of q_proj, k_proj and v_proj."""
+    o_bias: bool = False
+    """Bias of o_proj."""
+    mlp_bias: bool = False
+    """Biases in the SwiGLU."""
+    tie_word_embeddings: bool = False
+    """The output projection is the embedding."""
+    hybrid_layers: tuple[int, ...] = ()
+    """Layers that cross-attend to the image."""
+    hybrid_gate: Gate = "token"
+    """Their gate: a number a token, or one a channel."""
+    model_type: str = "llama"
+    """Hugging Face's name of the architecture."""
+
+    def __post_init__(self) -> None:
+        for name in ("sliding_layers", "hybrid_layers"):
+            if isinstance(getattr(self, name), list):  # from JSON
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise InputError(
+                    f"num_attention_heads: {self.num_attention_heads} does not divide "
+                    f"hidden_size {self.hidden_size}"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: {getattr(self, name)} is not at least 1")
+        if self.kv_heads > self.num_attention_heads or self.num_attention_heads % self.kv_heads:
+            raise InputError(
+                f"num_key_value_heads: {self.kv_heads} does not divide "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.width_of_head % 2:
+            raise InputError(f"head_dim: {self.head_dim} is odd; rotary positions need pairs")
+        if self.hybrid_gate not in ("token", "channel"):
+            raise InputError(f"hybrid_gate: {self.hybrid_gate!r} is not token or channel")
+        for layer in self.hybrid_layers:
+            if not 0 <= layer < self.num_hidden_layers:
+                raise InputError(
+                    f"hybrid_layers: {layer} is not a layer (0 to {self.num_hidden_layers - 1})"
+                )
+        rope_frequencies(self)  # refuses a scaling that it does not know
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return cast(int, self.num_key_value_heads)
+
+    @property
+    def width_of_head(self) -> int:
+        """Width of a head."""
+        return cast(int, self.head_dim)
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of a layer, in tokens; None where it sees everything."""
+        if self.sliding_layers is not None and layer not in self.sliding_layers:
+            return None
+        return self.sliding_window
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them; ``DecoderConfig(**d)`` reads them back."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            name: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v
+            for name, v in values.items()
+        }
+
+    @classmethod
+    def from_huggingface(cls, values: Mapping[str, Any]) -> DecoderConfig:
+        """Read the fields of a Hugging Face ``config.json``.
+
+        Args:
+            values: the JSON object, of transformers 4 (``rope_theta``, ``rope_scaling``) or 5
+                (``rope_parameters``).
+        Raises:
+            InputError: another architecture than Llama, Mistral or Qwen2, or a variant of it that
+                is not supported (the message names the key).
+        """
+        kind = values.get("model_type")
+        if kind not in ("llama", "mistral", "qwen2"):
+            raise InputError(
+                f"model_type: {kind!r} is not supported; give a llama, mistral or qwen2 model"
+            )
+        if values.get("hidden_act", "silu") != "silu":
+            raise InputError(f"hidden_act: {values['hidden_act']!r} is not supported, only 'silu'")
+        for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads",
+        ):  # fmt: skip
+            if not isinstance(values.get(name), int):
+                raise InputError(f"{name}: {values.get(name)!r}, expected a whole number")
+        rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+        theta = rope.pop("rope_theta", None) or values.get("rope_theta") or 10000.0
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        bias = bool(values.get("attention_bias", False))
+        layers = values["num_hidden_layers"]
+        window, windowed = values.get("sliding_window"), None
+        if kind == "llama":
+            window = None
+        elif kind == "qwen2":
+            bias = True
+            window = window if values.get("use_sliding_window") else None
+            if values.get("layer_types"):
+                kinds = values["layer_types"]
+                windowed = tuple(i for i, k in enumerate(kinds) if k == "sliding_attention")
+            else:
+                windowed = tuple(range(values.get("max_window_layers", 28), layers))
+        return cls(
+            vocab_size=values["vocab_size"],
+            hidden_size=values["hidden_size"],
+            intermediate_size=values["intermediate_size"],
+            num_hidden_layers=layers,
+            num_attention_heads=values["num_attention_heads"],
+            num_key_value_heads=values.get("num_key_value_heads"),
+            head_dim=values.get("head_dim"),
+            max_position_embeddings=values.get("max_position_embeddings", 2048),
+            rms_norm_eps=values.get("rms_norm_eps", 1e-6),
+            rope_theta=float(theta),
+            rope_scaling=None if rope_type == "default" else {**rope, "rope_type": rope_type},
+            sliding_window=window,
+            sliding_layers=windowed if window is not None else None,
+            qkv_bias=bias,
+            o_bias=bias and kind == "llama",
+            mlp_bias=bool(values.get("mlp_bias", False)),
+            tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
+            model_type=kind,
+        )
+
+
+def rope_frequencies(config: DecoderConfig) -> Tensor:
+    """Rotary frequencies theta^(-2i/d), scaled where the configuration says so.
+
+    The llama3 rule divides frequencies whose wavelength exceeds original/low_freq_factor by
+    `factor`, keeps those below original/high_freq_factor, and interpolates between the two.
+
+    Returns:
+        (head_dim / 2,) fp32, radians a token.
+    Raises:
+        InputError: a scaling rule that is not known, or lacks a number.
+    """
+    size = config.width_of_head
+    index = torch.arange(0, size, 2, dtype=torch.float32, device="cpu")
+    frequencies = config.rope_theta ** -(index / size)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    kind = scaling.get("rope_type", scaling.get("type"))
+    needed = {
+        "linear": ("factor",),
+        "llama3": (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        ),
+    }
+    if kind not in needed:
+        raise InputError(f"rope_scaling: type {kind!r} is not supported, only linear and llama3")
+    for name in needed[kind]:
+        if not isinstance(scaling.get(name), (int, float)):
+            raise InputError(f"rope_scaling: {name} is missing, which type {kind!r} needs")
+    factor = scaling["factor"]
+    if kind == "linear":
+        return frequencies / factor
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (smooth + (1 - smooth) / factor)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last axis, in fp32 inside."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) to (..., dim), in x's dtype."""
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    def __init__(self, dim: int, hidden: int, bias: bool) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden, bias=bias)
+        self.up_proj = nn.Linear(dim, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., H) to (..., H)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+@dataclass
+class Context:
+    """What every layer of one forward pass shares."""
+
+    cos: Tensor
+    """(B or 1, T, 1, d): cosines of the rotation."""
+    sin: Tensor
+    """(B or 1, T, 1, d): sines, negated in the first half of d."""
+    mask: Tensor | None
+    """(B or 1, 1, T, S), added to the scores of layers without a window; None: causal alone."""
+    window_mask: Tensor | None
+    """The same for layers with a sliding window."""
+    vis: Tensor | None
+    """(B, I, H) image tokens; None: no cross-attention, or its keys are cached."""
+    vis_mask: Tensor | None
+    """(B, 1, 1, I), added to the scores of cross-attention."""
+    text: Tensor | None
+    """(B, T, 1): 1 where a position receives the image, else 0; None: everywhere."""
+    cache: Cache | None
+    """Keys and values of the tokens before."""
+    maps: list[Tensor] | None = None
+    """Collects the attention maps (B, T, I) of the hybrid layers where it is a list."""
+
+
+class Attention(nn.Module):
+    """Causal self-attention up to, but not including, the output projection."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        size = config.width_of_head
+        self.layer = layer
+        self.head_dim = size
+        self.windowed = config.window(layer) is not None
+        bias = config.qkv_bias
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.kv_heads * size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.kv_heads * size, bias=bias)
+        self.o_proj = nn.Linear(
+            config.num_attention_heads * size, config.hidden_size, bias=config.o_bias
+        )
+
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Attend to the tokens before.
+
+        Args:
+            x: (B, T, H), normalised.
+            context: shared by the layers.
+        Returns:
+            Heads side by side (B, T, heads * d), and the rotated queries (B, heads, T, d).
+        """
+        batch, length, _ = x.shape
+        heads = (batch, length, -1, self.head_dim)
+        q = rotate(self.q_proj(x).view(heads), context).transpose(1, 2)
+        k = rotate(self.k_proj(x).view(heads), context).transpose(1, 2)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
+        mask = context.window_mask if self.windowed else context.mask
+        cache = context.cache
+        if cache is None or cache.step < 0:
+            if cache is not None:
+                cache.write_prefix(self.layer, k, v)
+            out = causal_attention(q, k, v, mask)
+        else:
+            k, v = cache.append(self.layer, k, v)
+            out = grouped_attention(q, k, v, mask)
+        return out.transpose(1, 2).reshape(batch, length, -1), q
+
+
+class CrossAttention(nn.Module):
+    """Gated attention of text to image tokens; the new parameters of a hybrid layer."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        width = config.num_attention_heads * config.width_of_head
+        self.head_dim = config.width_of_head
+        self.kind = config.hybrid_gate
+        self.kv_proj = nn.Linear(config.hidden_size, 2 * config.kv_heads * self.head_dim)
+        if self.kind == "token":
+            self.gate = nn.Linear(width, 1)
+            self.alpha = nn.Parameter(torch.zeros(1))
+        else:
+            self.scale = nn.Parameter(torch.ones(width))
+            self.shift = nn.Parameter(torch.zeros(width))
+            self.alpha = nn.Parameter(torch.zeros(width))
+
+    def keys_values(self, vis: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, kv_heads, I, d) of the image tokens `vis` (B, I, H), normalised."""
+        kv = linear(vis, self.kv_proj)
+        keys, values = kv.view(*vis.shape[:2], -1, self.head_dim).transpose(1, 2).chunk(2, dim=1)
+        return keys, values
+
+    def gating(self, a: Tensor) -> Tensor:
+        """g of the self-attention heads `a` (B, T, heads * d): (B, T, 1 or heads * d)."""
+        alpha = torch.tanh(self.alpha)
+        if self.kind == "token":
+            gate = torch.tanh(linear(a, self.gate)) * alpha
+        else:
+            gate = torch.sigmoid(self.scale * a + self.shift) * alpha
+        return gate.to(a.dtype)
+
+    def forward(self, a: Tensor, q: Tensor, keys: Tensor, values: Tensor, c: Context) -> Tensor:
+        """a + g * c, shapes as `Attention.forward` returns and `keys_values` gives them."""
+        if c.maps is not None:
+            c.maps.append(attention_map(q, keys, c.vis_mask))
+        looked = grouped_attention(q, keys, values, c.vis_mask)
+        gate = self.gating(a)
+        if c.text is not None:
+            gate = gate * c.text.to(gate.dtype)
+        return torch.addcmul(a, gate, looked.transpose(1, 2).reshape(a.shape))
+
+
+class DecoderLayer(nn.Module):
+    """Attention (plain or hybrid) and SwiGLU, each on a normalised residual stream."""
+
+    cross_attn: CrossAttention | None
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.cross_attn = CrossAttention(config) if layer in config.hybrid_layers else None
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """(B, T, H) to (B, T, H)."""
+        a, q = self.self_attn(self.input_layernorm(x), context)
+        if self.cross_attn is not None:
+            image = self.image_keys_values(context)
+            if image is not None:
+                a = self.cross_attn(a, q, *image, context)
+        x = x + self.self_attn.o_proj(a)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def image_keys_values(self, context: Context) -> tuple[Tensor, Tensor] | None:
+        """The image's keys and values: cached, computed, or None without an image."""
+        assert self.cross_attn is not None
+        cache = context.cache
+        if cache is not None and self.layer in cache.image:
+            return cache.image[self.layer]
+        if context.vis is None:
+            return None
+        image = self.cross_attn.keys_values(self.input_layernorm(context.vis))
+        if cache is not None:
+            cache.image[self.layer] = (image[0].contiguous(), image[1].contiguous())
+        return image
+
+
+class Stack(nn.Module):
+    """Embedding, layers and final norm; holds Hugging Face's prefix ``model.``."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    """A Llama-style language model with hybrid layers (this module's docstring).
+
+    Args:
+        config: sizes and variants. Weights are drawn from N(0, 0.02), biases are zero.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Stack(config)
+        self.lm_head: nn.Linear | None = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._frequencies = rope_frequencies(config)  # no buffer: .to(dtype) must not round it
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        hybrid = [m for m in self.modules() if isinstance(m, CrossAttention)]
+        gates = {id(m.gate) for m in hybrid if m.kind == "token"}
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)) and id(module) not in gates:
+                nn.init.normal_(module.weight, std=0.02)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for layer in self.model.layers:
+            if layer.cross_attn is not None:
+                copy_keys_values(layer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        hybrid_layers: Iterable[int] = (),
+        hybrid_gate: Gate = "token",
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> Decoder:
+        """Read a Hugging Face folder: ``config.json`` and safetensors, sharded or not.
+
+        Headers and shapes are checked first; then the tensors go one by one into the target
+        dtype and device.
+
+        Args:
+            folder: the folder.
+            hybrid_layers: layers that shall cross-attend to the image; the new parameters start
+                from the layer's own k_proj and v_proj.
+            hybrid_gate: their gate.
+            dtype: of the weights; None: as stored.
+            device: of the weights; None: the CPU.
+        Raises:
+            InputError: the folder, a file or a tensor of it is missing, damaged or of another
+                architecture (the message names it).
+        """
+        folder = Path(folder)
+        values = read_folder_config(folder)
+        try:
+            config = DecoderConfig.from_huggingface(values)
+        except InputError as error:
+            raise InputError(f"{folder / 'config.json'}: {error}") from error
+        with torch.device("meta"):
+            decoder = cls(config)
+        with WeightFolder(folder) as weights:
+            check_weights(decoder, weights)
+            for name in [name for name, _ in decoder.named_parameters()]:
+                stored = weights.tensor(name)
+                value = torch.empty(stored.shape, dtype=dtype or stored.dtype, device=device)
+                set_parameter(decoder, name, value.copy_(stored))
+        decoder.add_hybrid_layers(hybrid_layers, gate=hybrid_gate)
+        return decoder
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen weights and of the activations."""
+        return self.model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.embed_tokens.weight.device
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings of token ids: (...) int64 to (..., H)."""
+        return self.model.embed_tokens(ids)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states after the final norm to logits: (..., H) to (..., V)."""
+        if self.lm_head is None:
+            return F.linear(hidden, self.model.embed_tokens.weight)
+        return self.lm_head(hidden)
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        vis: Tensor | None = None,
+        vis_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Logits of the next token at every position.
+
+        Args:
+            inputs_embeds: (B, T, H) embeddings. With a filled `cache`: (B, W, H), the newest token
+                of each of the W sequences that go on from a study's prefix.
+            attention_mask: (B, T), nonzero where there is a token; pads may stand on the left or
+                the right. Positions count real tokens. None: no pads. Not with a filled cache.
+            vis: (B, I, H) image tokens for the hybrid layers; None: they act as plain ones.
+            vis_mask: (B, I), nonzero where there is an image token; None: everywhere.
+            text_mask: (B, T) bool, True where a position receives the image; None: everywhere.
+            cache: from `new_cache`; an empty one is filled with the prefix.
+        Returns:
+            (B, T, V) in the weights' dtype.
+        Raises:
+            InputError: more tokens than max_position_embeddings.
+            ValueError: shapes disagree (the message names the tensor, expected and got).
+        """
+        hidden = self.hidden_states(
+            inputs_embeds,
+            attention_mask,
+            vis=vis,
+            vis_mask=vis_mask,
+            text_mask=text_mask,
+            cache=cache,
+        )
+        return self.logits(hidden)
+
+    def hidden_states(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        vis: Tensor | None = None,
+        vis_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        maps: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm; arguments and errors as `forward`.
+
+        Args:
+            maps: a list to which every hybrid layer appends its attention map, (B, T, I) fp32,
+                averaged over heads. Costs memory; None: not computed.
+        Returns:
+            (B, T, H).
+        """
+        x = inputs_embeds.to(self.dtype)
+        self._check(x, attention_mask, vis, vis_mask, text_mask, cache)
+        if cache is not None and cache.step >= 0:
+            context = self._step_context(cache, text_mask)
+        else:
+            context = self._prefix_context(x, attention_mask, vis, vis_mask, text_mask, cache)
+        context.maps = maps
+        for layer in self.model.layers:
+            x = layer(x, context)
+        if cache is not None:
+            cache.advance()
+        return self.model.norm(x)
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of the next token, averaged over the positions that have a label.
+
+        Equal to ``F.cross_entropy(logits(hidden), labels)`` in fp32. Logits exist for `LOSS_CHUNK`
+        numbers at a time and are computed again in the backward pass.
+
+        Args:
+            hidden: (B, T, H) from `hidden_states`.
+            labels: (B, T) int64: what follows each position; -100 where it does not count.
+        Returns:
+            () fp32; 0 where no position has a label.
+        """
+        counted = labels != IGNORED
+        hidden, labels = hidden[counted], labels[counted]  # (tokens, H), (tokens,)
+        tokens = max(1, LOSS_CHUNK // self.config.vocab_size)
+        if len(labels) <= tokens:
+            total = self._chunk_loss(hidden, labels)
+        else:
+            total = hidden.new_zeros((), dtype=torch.float32)
+            for part, targets in zip(hidden.split(tokens), labels.split(tokens), strict=True):
+                total = total + checkpoint(
+                    self._chunk_loss, part, targets, use_reentrant=False, preserve_rng_state=False
+                )
+        return total / max(1, len(labels))
+
+    def _chunk_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(hidden).float(), labels, reduction="sum")
+
+    def add_hybrid_layers(self, layers: Iterable[int], gate: Gate = "token") -> None:
+        """Let plain layers cross-attend to the image; the output stays as it is until they train.
+
+        The new parameters are fp32 (fp64 in an fp64 decoder), K and V start from the layer's own
+        k_proj and v_proj.
+
+        Args:
+            layers: indices; those that are hybrid already stay as they are.
+            gate: ``token`` or ``channel``, the same in every hybrid layer.
+        Raises:
+            InputError: an index that does not exist, or a second kind of gate.
+        """
+        new = sorted(set(layers) - set(self.config.hybrid_layers))
+        if not new:
+            return
+        if self.config.hybrid_layers and gate != self.config.hybrid_gate:
+            raise InputError(
+                f"hybrid_gate: {gate!r}, but layers {list(self.config.hybrid_layers)} have a gate "
+                f"of kind {self.config.hybrid_gate!r}"
+            )
+        self.config = dataclasses.replace(
+            self.config,
+            hybrid_layers=tuple(sorted({*self.config.hybrid_layers, *new})),
+            hybrid_gate=gate,
+        )
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        for index in new:
+            layer = cast(DecoderLayer, self.model.layers[index])
+            layer.cross_attn = CrossAttention(self.config).to(device=self.device, dtype=dtype)
+            layer.cross_attn.train(self.training)
+            copy_keys_values(layer)
+
+    def hybrid_parameter_names(self) -> list[str]:
+        """Names of the parameters that the hybrid layers add, in the order of the layers."""
+        return [name for name, _ in self.named_parameters() if ".cross_attn." in name]
+
+    def new_cache(self, batch: int, prefix: int, new_tokens: int, width: int = 1) -> Cache:
+        """An empty cache for `batch` prefixes of `prefix` tokens and what follows them.
+
+        Args:
+            batch: studies.
+            prefix: tokens of the prefix, pads included.
+            new_tokens: most tokens that may follow.
+            width: sequences that go on from each study's prefix.
+        """
+        return Cache(self.config, batch, prefix, new_tokens, width, self.dtype, self.device)
+
+    def _check(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        vis: Tensor | None,
+        vis_mask: Tensor | None,
+        text_mask: Tensor | None,
+        cache: Cache | None,
+    ) -> None:
+        if x.ndim != 3 or x.shape[2] != self.config.hidden_size:
+            expected = f"(B, T, {self.config.hidden_size})"
+            raise ValueError(f"inputs_embeds: expected {expected}, got {tuple(x.shape)}")
+        batch, length, hidden = x.shape
+        if vis is not None and (
+            vis.ndim != 3 or vis.shape[0] != batch or vis.shape[2] != hidden or not vis.shape[1]
+        ):
+            raise ValueError(f"vis: expected ({batch}, I, {hidden}), got {tuple(vis.shape)}")
+        shapes: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
+            ("attention_mask", attention_mask, (batch, length)),
+            ("text_mask", text_mask, (batch, length)),
+        ]
+        if vis is not None:
+            shapes.append(("vis_mask", vis_mask, (batch, vis.shape[1])))
+        for name, tensor, shape in shapes:
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"{name}: expected {shape}, got {tuple(tensor.shape)}")
+        limit = self.config.max_position_embeddings
+        if cache is None:
+            if length > limit:
+                raise InputError(
+                    f"{length} tokens (prompt, image and report), but the decoder has "
+                    f"max_position_embeddings {limit}: shorten the report or the image"
+                )
+        elif cache.step >= 0:
+            if attention_mask is not None:
+                raise ValueError("attention_mask: the cache knows it already; give None")
+            if (batch, length) != (cache.batch, cache.width):
+                raise ValueError(
+                    f"inputs_embeds: expected ({cache.batch}, {cache.width}, {hidden}) to go on "
+                    f"with the cache, got {tuple(x.shape)}"
+                )
+        elif (batch, length) != (cache.batch, cache.prefix):
+            raise ValueError(
+                f"inputs_embeds: expected ({cache.batch}, {cache.prefix}, {hidden}) to fill the "
+                f"cache, got {tuple(x.shape)}"
+            )
+
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and signed sin (..., 1, d) for positions (...)."""
+        if self._frequencies.device != positions.device:
+            self._frequencies = self._frequencies.to(positions.device)
+        angles = positions[..., None].float() * self._frequencies
+        cos, sin = angles.cos(), angles.sin()
+        return (
+            torch.cat([cos, cos], dim=-1).unsqueeze(-2).to(self.dtype),
+            torch.cat([-sin, sin], dim=-1).unsqueeze(-2).to(self.dtype),
+        )
+
+    def _prefix_context(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        vis: Tensor | None,
+        vis_mask: Tensor | None,
+        text_mask: Tensor | None,
+        cache: Cache | None,
+    ) -> Context:
+        length = x.shape[1]
+        real = None
+        if attention_mask is not None:
+            real = attention_mask.to(x.device) != 0
+            if bool(real.all()):
+                real = None  # the fast path: causal alone
+        if real is None:
+            positions = torch.arange(length, device=x.device).unsqueeze(0)
+        else:
+            positions = (real.long().cumsum(1) - 1).clamp(min=0)
+        bias = None
+        if vis_mask is not None and vis is not None:
+            bias = additive(vis_mask.to(x.device) != 0, x.dtype)[:, None, None]
+        cos, sin = self._rotation(positions)
+        window = self.config.sliding_window
+        context = Context(
+            cos=cos,
+            sin=sin,
+            mask=causal_mask(length, real, None, x),
+            window_mask=None if window is None else causal_mask(length, real, window, x),
+            vis=None if vis is None else vis.to(x.dtype),
+            vis_mask=bias,
+            text=None if text_mask is None else text_mask.to(x.device).unsqueeze(-1),
+            cache=cache,
+        )
+        if cache is not None:
+            cache.begin(real, positions, bias)
+        return context
+
+    def _step_context(self, cache: Cache, text_mask: Tensor | None) -> Context:
+        mask, window_mask = cache.masks()
+        cos, sin = self._rotation(cache.positions())
+        text = None if text_mask is None else text_mask.to(cache.device).unsqueeze(-1)
+        return Context(cos, sin, mask, window_mask, None, cache.image_mask, text, cache)
+
+
+class Cache:
+    """Keys and values for decoding: a study's prefix once, its sequences after it.
+
+    A layer holds (B, kv_heads, prefix + new_tokens * W, d) keys and as many values, allocated
+    once. The prefix is shared by the W sequences of a study. Token t of sequence w stands at
+    prefix + t * W + w and never moves: when beams are reordered, only `lineage`, the table of who
+    descends from whom, changes.
+
+    Attributes:
+        step: -1 before the prefix, then the number of tokens written after it.
+        image: layer to the keys and values of the image tokens, (B, kv_heads, I, d) each.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        batch: int,
+        prefix: int,
+        new_tokens: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        if prefix + new_tokens > config.max_position_embeddings:
+            raise InputError(
+                f"{prefix} tokens of prompt and image and {new_tokens} to generate are more than "
+                f"the decoder's max_position_embeddings {config.max_position_embeddings}"
+            )
+        self.config = config
+        self.batch, self.prefix, self.new_tokens, self.width = batch, prefix, new_tokens, width
+        self.dtype, self.device = dtype, device
+        slots = prefix + new_tokens * width
+        shape = (config.num_hidden_layers, batch, config.kv_heads, slots, config.width_of_head)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.image: dict[int, tuple[Tensor, Tensor]] = {}
+        self.image_mask: Tensor | None = None
+        self.step = -1
+        self.padded = False
+        # (B, W, slots): 0 where a sequence may look, else -inf.
+        self.lineage = torch.full((batch, width, slots), -math.inf, dtype=dtype, device=device)
+        self.lengths = torch.zeros(batch, 1, dtype=torch.long, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values, the image's included."""
+        tensors = [self.keys, self.values, *(t for pair in self.image.values() for t in pair)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def begin(self, real: Tensor | None, positions: Tensor, image_mask: Tensor | None) -> None:
+        """Note which tokens of the prefix are real and where each study's text goes on."""
+        self.image_mask = image_mask
+        if real is None:
+            self.lineage[:, :, : self.prefix] = 0
+            self.lengths.fill_(self.prefix)
+        else:
+            self.padded = True
+            self.lineage[:, :, : self.prefix] = additive(real, self.dtype).unsqueeze(1)
+            self.lengths.copy_(positions.amax(1, keepdim=True) + 1)
+        self.prefix_positions = positions
+
+    def write_prefix(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store a layer's keys and values (B, kv_heads, prefix, d)."""
+        self.keys[layer, :, :, : self.prefix] = k
+        self.values[layer, :, :, : self.prefix] = v
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the newest token of each sequence (B, kv_heads, W, d); all keys and values."""
+        start = self.prefix + self.step * self.width
+        end = start + self.width
+        self.keys[layer, :, :, start:end] = k
+        self.values[layer, :, :, start:end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def masks(self) -> tuple[Tensor | None, Tensor | None]:
+        """Masks (B, 1, W, S) of the coming step, without and with the sliding window."""
+        if self.step >= self.new_tokens:
+            raise ValueError(f"the cache is full: it was made for {self.new_tokens} new tokens")
+        start = self.prefix + self.step * self.width
+        end = start + self.width
+        own = self.lineage[:, :, start:end]
+        own.diagonal(dim1=1, dim2=2).fill_(0)
+        mask = self.lineage[:, None, :, :end]
+        window = self.config.sliding_window
+        windowed = None
+        if window is not None:
+            windowed = mask
+            if self.prefix + self.step + 1 > window:
+                steps = torch.arange(self.step + 1, device=self.device)
+                own_positions = (self.lengths + steps).repeat_interleave(self.width, dim=1)
+                prefix = self.prefix_positions.expand(self.batch, -1)
+                seen = torch.cat([prefix, own_positions], dim=1)  # (B, S)
+                near = seen > self.lengths + self.step - window
+                windowed = mask.masked_fill(~near[:, None, None], -math.inf)
+        if self.width == 1 and not self.padded:
+            mask = None
+        return mask, windowed
+
+    def positions(self) -> Tensor:
+        """Positions (B, 1) of the coming step's tokens."""
+        return self.lengths + self.step
+
+    def advance(self) -> None:
+        """Go on to the next step."""
+        self.step += 1
+
+    def reorder(self, parents: Tensor) -> None:
+        """Let sequence w of each study go on from what was sequence parents[b, w].
+
+        Args:
+            parents: (B, W) int64, indices within a study. No key or value moves.
+        """
+        index = parents.unsqueeze(-1).expand(-1, -1, self.lineage.shape[-1])
+        self.lineage = self.lineage.gather(1, index)
+
+
+def cache_bytes(
+    config: DecoderConfig,
+    batch: int,
+    prefix: int,
+    new_tokens: int,
+    width: int = 1,
+    image_tokens: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """Bytes of the keys and values of a `Cache`: known before anything is allocated.
+
+    2 * kv_heads * head_dim * itemsize * batch * (layers * (prefix + new_tokens * width)
+    + hybrid layers * image_tokens).
+    """
+    a_token = 2 * config.kv_heads * config.width_of_head * dtype.itemsize
+    slots = config.num_hidden_layers * (prefix + new_tokens * width)
+    return a_token * batch * (slots + len(config.hybrid_layers) * image_tokens)
+
+
+def check_weights(decoder: Decoder, weights: WeightFolder) -> None:
+    """Compare the tensors of a folder with a decoder's parameters, from the headers alone.
+
+    Raises:
+        InputError: a tensor is missing, unknown or of another shape (the message names it).
+    """
+    expected = {name: tuple(p.shape) for name, p in decoder.named_parameters()}
+    for name, shape in expected.items():
+        if name not in weights.shapes:
+            raise InputError(f"{weights.folder}: tensor {name} is missing")
+        if weights.shapes[name] != shape:
+            raise InputError(
+                f"{weights.paths[name]}: tensor {name} has shape {weights.shapes[name]}, but "
+                f"config.json says {shape}"
+            )
+    for name, path in weights.paths.items():
+        # Old Llama files store the rotary frequencies; tied ones may repeat the embedding.
+        if name not in expected and not name.endswith((".inv_freq", "lm_head.weight")):
+            raise InputError(f"{path}: tensor {name} has no place in a {decoder.config.model_type}")
+
+
+def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Replace the parameter `name` of `module` by one that holds `value`."""
+    path, _, last = name.rpartition(".")
+    setattr(module.get_submodule(path), last, nn.Parameter(value))
+
+
+@torch.no_grad()
+def copy_keys_values(layer: DecoderLayer) -> None:
+    """Start the cross-attention of a hybrid layer from the layer's own k_proj and v_proj."""
+    assert layer.cross_attn is not None
+    new = layer.cross_attn.kv_proj
+    sources: Sequence[nn.Module] = (layer.self_attn.k_proj, layer.self_attn.v_proj)
+    new.weight.copy_(torch.cat([cast(Tensor, m.weight).to(new.weight.dtype) for m in sources]))
+    biases = [m.bias for m in sources]
+    if biases[0] is None:
+        nn.init.zeros_(new.bias)
+    else:
+        new.bias.copy_(torch.cat([cast(Tensor, b).to(new.bias.dtype) for b in biases]))
+
+
+def linear(x: Tensor, module: nn.Linear) -> Tensor:
+    """`module` applied in x's dtype: fp32 parameters that train beside half-precision ones."""
+    bias = None if module.bias is None else module.bias.to(x.dtype)
+    return F.linear(x, module.weight.to(x.dtype), bias)
+
+
+def rotate(x: Tensor, context: Context) -> Tensor:
+    """Rotary positions: x cos + (x2, x1) (-sin, sin), halves of the last axis; x (B, T, heads, d)."""
+    return torch.addcmul(x * context.cos, x.roll(x.shape[-1] // 2, dims=-1), context.sin)
+
+
+def additive(keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where `keep` is True, -inf elsewhere."""
+    zero = torch.zeros((), dtype=dtype, device=keep.device)
+    return torch.where(keep, zero, zero - math.inf)
+
+
+def causal_mask(length: int, real: Tensor | None, window: int | None, like: Tensor) -> Tensor | None:
+    """Mask of a whole sequence, added to the scores; None where causal alone says it all.
+
+    Args:
+        length: tokens.
+        real: (B, T) bool; None: no pads.
+        window: of the sliding attention, tokens; None: no window.
+        like: gives dtype and device.
+    Returns:
+        (B or 1, 1, T, T). Every position sees itself, so that pads stay finite.
+    """
+    narrow = window is not None and window < length
+    if real is None and not narrow:
+        return None
+    index = torch.arange(length, device=like.device)
+    distance = index[:, None] - index[None, :]
+    keep = distance >= 0
+    if narrow:
+        keep = keep & (distance < cast(int, window))
+    keep = keep[None]
+    if real is not None:
+        keep = (keep & real[:, None, :]) | (distance == 0)
+    return additive(keep, like.dtype).unsqueeze(1)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Self-attention of a whole sequence.
+
+    Args:
+        q: (B, heads, T, d).
+        k: (B, kv_heads, T, d).
+        v: as `k`.
+        mask: (B or 1, 1, T, T) added to the scores; None: causal.
+    Returns:
+        (B, heads, T, d).
+    """
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention that is not causal by itself; query heads that share keys become rows.
+
+    Args:
+        q: (B, heads, T, d).
+        k: (B, kv_heads, S, d).
+        v: as `k`.
+        mask: (B, 1, T or 1, S) added to the scores, or None.
+    Returns:
+        (B, heads, T, d).
+    """
+    batch, heads, length, size = q.shape
+    group = heads // k.shape[1]
+    rows = q.reshape(batch, k.shape[1], group * length, size)
+    if mask is not None and group > 1 and mask.shape[2] > 1:
+        mask = mask.repeat(1, 1, group, 1)
+    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
+    return out.view(batch, heads, length, size)
+
+
+def attention_map(q: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
+    """Weights of the attention of `q` to `keys`, averaged over heads: (B, T, I) fp32."""
+    batch, heads, length, size = q.shape
+    rows = q.float().reshape(batch, keys.shape[1], -1, size)
+    scores = rows @ keys.float().transpose(-1, -2) / math.sqrt(size)
+    if mask is not None:
+        scores = scores + mask.float()
+    return scores.softmax(-1).view(batch, heads, length, -1).mean(1)
