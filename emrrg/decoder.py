@@ -43,7 +43,9 @@ from emrrg.errors import InputError
 from emrrg.pretrained import WeightFolder, read_folder_config
 
 IGNORED = -100
-LOSS_CHUNK = 2**21  # logits held at once by the loss: 8 MiB in fp32, 65 tokens of a 32,000 vocabulary
+LOSS_CHUNK = (
+    2**21
+)  # logits held at once by the loss: 8 MiB in fp32, 65 tokens of a 32,000 vocabulary
 
 Gate = Literal["token", "channel"]
 
@@ -976,7 +978,9 @@ def additive(keep: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(keep, zero, zero - math.inf)
 
 
-def causal_mask(length: int, real: Tensor | None, window: int | None, like: Tensor) -> Tensor | None:
+def causal_mask(
+    length: int, real: Tensor | None, window: int | None, like: Tensor
+) -> Tensor | None:
     """Mask of a whole sequence, added to the scores; None where causal alone says it all.
 
     Args:

@@ -1,0 +1,164 @@
+"""Text to token ids and back: sentencepiece models, ``tokenizer.json`` files, and training.
+
+A sentencepiece ``tokenizer.model`` is used as Llama uses it: white space is part of the pieces and
+the text gets one leading space. Reports are encoded without begin and end marks; the model adds
+those it wants. A tokenizer without a padding id (Llama's) pads with its end mark.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from emrrg.config import read_json
+from emrrg.errors import InputError
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+JSON_FILE = "tokenizer.json"
+
+
+class Tokenizer(ABC):
+    """What a tokenizer offers; `load_tokenizer` and `train_tokenizer` make one.
+
+    Attributes:
+        bos_id: begins a sequence.
+        eos_id: ends a report.
+        pad_id: fills rows of unequal length; the end mark where the file names none.
+        vocab_size: ids are below it.
+    """
+
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    vocab_size: int
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without begin and end marks."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; begin, end and padding marks vanish, unknown ids are skipped."""
+
+    @abstractmethod
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the tokenizer into a folder that `load_tokenizer` can read; the file's path."""
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model, with Llama's handling of spaces.
+
+    Args:
+        model: the serialised model.
+        where: the file that it comes from, for messages.
+    Raises:
+        InputError: it is not a sentencepiece model, or has no end mark.
+    """
+
+    def __init__(self, model: bytes, where: str) -> None:
+        self._model = model
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(model)
+        except (RuntimeError, TypeError) as error:
+            raise InputError(f"{where}: is not a sentencepiece model") from error
+        processor = self._processor
+        self.vocab_size = processor.get_piece_size()
+        self.eos_id = processor.eos_id()
+        if self.eos_id < 0:
+            raise InputError(f"{where}: has no end mark (eos); reports could never end")
+        self.bos_id = processor.bos_id() if processor.bos_id() >= 0 else self.eos_id
+        self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without begin and end marks."""
+        return self._processor.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; begin, end and padding marks vanish, ids outside the model are skipped."""
+        return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``tokenizer.model`` into a folder; its path."""
+        path = Path(folder) / SENTENCEPIECE_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(self._model)
+        return path
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Read a tokenizer.
+
+    Args:
+        path: a sentencepiece model, a ``tokenizer.json``, or a folder that holds
+            ``tokenizer.model`` or else ``tokenizer.json``.
+    Raises:
+        InputError: nothing there that can be read (the message names the file).
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in (SENTENCEPIECE_FILE, JSON_FILE) if (path / name).exists()]
+        if not found:
+            raise InputError(f"{path}: holds no {SENTENCEPIECE_FILE} and no {JSON_FILE}")
+        path = found[0]
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return SentencePieceTokenizer(content, str(path))
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str]
+) -> Tokenizer:
+    """Train a sentencepiece model; the same texts give the same file, byte for byte.
+
+    Byte-pair pieces (Llama's kind) over every character of the texts, line breaks included; unk 0, bos 1, eos 2,
+    no padding id, spaces as in Llama's model. A small corpus gives fewer pieces than asked for.
+
+    Args:
+        texts: reports, and whatever else the model reads (the prompt).
+        vocab_size: most pieces.
+        path: the file to write.
+    Raises:
+        InputError: no text, or fewer pieces than the texts have characters.
+    """
+    corpus = [text for text in texts if text.strip()]
+    if not corpus:
+        raise InputError("a tokenizer needs text to train on, and every report is empty")
+    characters = len({c for text in corpus for c in text} | {" "})
+    if vocab_size < characters + 3:
+        raise InputError(
+            f"--vocab-size: {vocab_size} pieces are too few for {characters} characters and 3 marks"
+        )
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus),
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        max_sentence_length=1 << 20,
+        shuffle_input_sentence=False,
+        num_threads=1,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        minloglevel=2,
+    )
+    path = Path(path)
+    tokenizer = SentencePieceTokenizer(model.getvalue(), str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(model.getvalue())
+    return tokenizer
