@@ -21,7 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from emrrg.decoder import Cache, Decoder
+from emrrg.cache import Cache
+from emrrg.decoder import Decoder
 from emrrg.errors import InputError
 
 WORST = -1.0e9  # the score of a candidate that must not be chosen
@@ -133,6 +134,7 @@ def generate(
     text_mask: Tensor | None = None,
     config: GenerationConfig | None = None,
     generator: torch.Generator | None = None,
+    static: bool | None = None,
 ) -> list[list[int]]:
     """Write reports; see `generate_sequences` for arguments and errors.
 
@@ -149,6 +151,7 @@ def generate(
         text_mask=text_mask,
         config=config,
         generator=generator,
+        static=static,
     )
     return [report.ids for report in reports]
 
@@ -164,6 +167,7 @@ def generate_sequences(
     text_mask: Tensor | None = None,
     config: GenerationConfig | None = None,
     generator: torch.Generator | None = None,
+    static: bool | None = None,
 ) -> list[Generated]:
     """Write reports that go on from a prefix.
 
@@ -178,6 +182,8 @@ def generate_sequences(
             tokens always do.
         config: how to write.
         generator: source of chance for sampling; None: torch's own.
+        static: decoding steps of one shape, which on CUDA are captured once as a graph and
+            replayed; None: on CUDA yes, elsewhere no.
     Returns:
         `num_return_sequences` reports a study, study by study, the best first.
     Raises:
@@ -197,18 +203,68 @@ def generate_sequences(
     if batch == 0:
         return []
     width = config.num_beams if config.num_beams > 1 else config.num_return_sequences
-    cache = decoder.new_cache(batch, length, config.max_new_tokens, width)
+    if static is None:
+        static = inputs_embeds.device.type == "cuda"
+    cache = decoder.new_cache(batch, length, config.max_new_tokens, width, static=static)
     hidden = decoder.hidden_states(
         inputs_embeds, attention_mask, vis=vis, vis_mask=vis_mask, text_mask=text_mask, cache=cache
     )
     first = decoder.logits(hidden[:, -1:]).expand(-1, width, -1)  # (B, W, V)
     search = beam_search if config.num_beams > 1 else choose_one_by_one
-    return search(decoder, cache, first, config, generator)
+    return search(Step(decoder, cache), first, config, generator)
+
+
+class Step:
+    """One decoding step: the newest token of every sequence in, logits of the next one out.
+
+    With a static cache on CUDA the first call captures the step as a graph, later calls replay it.
+
+    Args:
+        decoder: the language model.
+        cache: filled with the prefix.
+    """
+
+    def __init__(self, decoder: Decoder, cache: Cache) -> None:
+        self.decoder = decoder
+        self.cache = cache
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._tokens = torch.zeros(cache.batch, cache.width, dtype=torch.long, device=cache.device)
+        self._logits = torch.empty(0)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """(B, W) int64 to (B, W, V); with a graph the result is overwritten by the next call."""
+        if not (self.cache.static and self.cache.device.type == "cuda"):
+            return self._run(tokens)
+        if self._graph is None:
+            self._capture()
+        assert self._graph is not None
+        self._tokens.copy_(tokens)
+        self._graph.replay()
+        self.cache.step += 1
+        return self._logits
+
+    def _run(self, tokens: Tensor) -> Tensor:
+        return self.decoder(self.decoder.embed(tokens), cache=self.cache)
+
+    def _capture(self) -> None:
+        lineage = self.cache.lineage.clone()
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):  # libraries choose their kernels and workspaces
+                self._run(self._tokens)
+                self.cache.rewind()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._logits = self._run(self._tokens)
+        self.cache.rewind()
+        self.cache.lineage.copy_(lineage)
+        self._graph = graph
 
 
 def choose_one_by_one(
-    decoder: Decoder,
-    cache: Cache,
+    advance: Step,
     logits: Tensor,
     config: GenerationConfig,
     generator: torch.Generator | None,
@@ -216,8 +272,7 @@ def choose_one_by_one(
     """Greedy decoding or sampling: every sequence for itself.
 
     Args:
-        decoder: the language model.
-        cache: filled with the prefix.
+        advance: one decoding step.
         logits: (B, W, V) after the prefix.
         config: how to write.
         generator: source of chance.
@@ -243,19 +298,15 @@ def choose_one_by_one(
         running = running & ~torch.isin(chosen, ends)
         if step + 1 == config.max_new_tokens or not running.any():
             break
-        x = decoder.embed(tokens[:, step].view(batch, width))
-        logits = decoder(x, cache=cache)
+        logits = advance(tokens[:, step].view(batch, width))
     return [
-        cut(row, end, value)
-        for row, end, value in zip(
-            tokens.tolist(), [config.end_marks] * rows, score.tolist(), strict=True
-        )
+        cut(row, config.end_marks, value)
+        for row, value in zip(tokens.tolist(), score.tolist(), strict=True)
     ]
 
 
 def beam_search(
-    decoder: Decoder,
-    cache: Cache,
+    advance: Step,
     logits: Tensor,
     config: GenerationConfig,
     generator: torch.Generator | None,
@@ -331,8 +382,8 @@ def beam_search(
         full = config.early_stopping is True and bool(complete.all())
         if step + 1 == limit or full or not bool(hopeful.any()):
             break
-        cache.reorder(origin)
-        logits = decoder(decoder.embed(running[:, :, step]), cache=cache)
+        advance.cache.reorder(origin)
+        logits = advance(running[:, :, step])
 
     kept = config.num_return_sequences
     rows = zip(

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
 
-from emrrg.config import read_json
 from emrrg.errors import InputError
 
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -120,8 +117,9 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train a sentencepiece model; the same texts give the same file, byte for byte.
 
-    Byte-pair pieces (Llama's kind) over every character of the texts, line breaks included; unk 0, bos 1, eos 2,
-    no padding id, spaces as in Llama's model. A small corpus gives fewer pieces than asked for.
+    Byte-pair pieces, Llama's kind, over every character of the texts, line breaks included; unk 0,
+    bos 1, eos 2, no padding id, spaces as in Llama's model. A corpus that is too small gives fewer
+    pieces than asked for.
 
     Args:
         texts: reports, and whatever else the model reads (the prompt).

@@ -13,7 +13,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from emrrg import decoder as decoder_module
-from emrrg.decoder import Decoder, DecoderConfig, cache_bytes
+from emrrg.cache import cache_bytes
+from emrrg.decoder import Decoder, DecoderConfig
 from emrrg.errors import InputError
 
 transformers = pytest.importorskip("transformers", reason="transformers is the peer of these tests")
