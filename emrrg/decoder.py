@@ -310,12 +310,13 @@ class Decoder(nn.Module):
             raise InputError(f"{folder / 'config.json'}: {error}") from error
         with torch.device("meta"):
             decoder = cls(config)
-        with WeightFolder(folder) as weights:
-            names = check_weights(decoder, weights)
-            if int8:
-                decoder.to_int8()
-            for name in names:
-                load_tensor(decoder, name, weights.tensor(name), dtype, device)
+        weights = WeightFolder(folder)
+        names = check_weights(decoder, weights)
+        if int8:
+            decoder.to_int8()
+        for name, stored in weights.read(names):
+            load_tensor(decoder, name, stored, dtype, device)
+            del stored  # one at a time: the next may be in another file
         decoder.add_hybrid_layers(hybrid_layers, gate=hybrid_gate)
         return decoder
 

@@ -454,3 +454,58 @@ def restrict(scores: Tensor, config: GenerationConfig, keep: int) -> Tensor:
         tail[:, -keep:] = False
         scores = scores.masked_fill(torch.zeros_like(tail).scatter(1, order, tail), -math.inf)
     return scores
+
+
+@torch.inference_mode()
+def report_maps(
+    decoder: Decoder,
+    inputs_embeds: Tensor,
+    ids: Sequence[int],
+    *,
+    vis: Tensor,
+    text_mask: Tensor | None = None,
+) -> Tensor:
+    """Where each hybrid layer looked while it wrote a report, token by token.
+
+    The report is read again in one pass; the map of a token is that of the position before it,
+    which chose it.
+
+    Args:
+        decoder: the language model.
+        inputs_embeds: (1, T, H) embeddings of the prefix, without pads.
+        ids: the report's tokens, n of them.
+        vis: (1, I, H) image tokens.
+        text_mask: (1, T) bool, True where a position of the prefix receives the image.
+    Returns:
+        (hybrid layers, n, I) fp32, averaged over heads; the last axis sums to 1.
+    Raises:
+        InputError: the decoder has no hybrid layers, or too few positions.
+        ValueError: more than one study, or shapes disagree.
+    """
+    if not decoder.config.hybrid_layers:
+        raise InputError("the decoder has no hybrid layers, so nothing looks at the image")
+    if len(inputs_embeds) != 1:
+        raise ValueError(f"inputs_embeds: expected one study, got {len(inputs_embeds)}")
+    if not ids:
+        return vis.new_zeros(len(decoder.config.hybrid_layers), 0, vis.shape[1]).float()
+    seen = torch.tensor([list(ids[:-1])], dtype=torch.long, device=inputs_embeds.device)
+    embeds = torch.cat([inputs_embeds, decoder.embed(seen).to(inputs_embeds.dtype)], dim=1)
+    if text_mask is not None:
+        text_mask = torch.cat([text_mask, torch.ones_like(seen, dtype=text_mask.dtype)], dim=1)
+    maps: list[Tensor] = []
+    decoder.hidden_states(embeds, vis=vis, text_mask=text_mask, maps=maps)
+    return torch.stack([m[0, inputs_embeds.shape[1] - 1 :] for m in maps])
+
+
+def word_maps(maps: Tensor, words: Sequence[tuple[str, int, int]]) -> Tensor:
+    """Average the maps of each word's tokens.
+
+    Args:
+        maps: (..., n, I) from `report_maps`.
+        words: from `Tokenizer.words`, of the same n tokens.
+    Returns:
+        (..., words, I).
+    """
+    if not words:
+        return maps[..., :0, :]
+    return torch.stack([maps[..., a:b, :].mean(-2) for _, a, b in words], dim=-2)

@@ -1,16 +1,14 @@
 """The weight files of a Hugging Face folder: where each tensor is, its shape, its values.
 
-``model.safetensors`` or the shards that ``model.safetensors.index.json`` names. Files are
-memory-mapped; names and shapes are known from their headers before any tensor is read. This module
-knows no model.
+``model.safetensors`` or the shards that ``model.safetensors.index.json`` names. Names and shapes
+are known from the headers before any tensor is read; then one file after the other is
+memory-mapped, and closed when its tensors are read. This module knows no model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -23,59 +21,61 @@ SAFETENSORS = "model.safetensors"
 
 
 class WeightFolder:
-    """Tensors of a folder by name; a context manager that keeps the files open.
+    """The tensors of a folder.
 
     Args:
         folder: the folder.
     Raises:
         InputError: no weights, a shard that is missing or cut short, or a tensor that the index
             promises and its shard lacks (the message names the file).
+
+    Attributes:
+        paths: tensor name to the file that holds it.
+        shapes: tensor name to its shape.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open = ExitStack()
-        self._files: dict[str, Any] = {}
         self.paths: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        try:
-            for path, promised in shards(folder).items():
-                self._read_header(path, promised)
-        except BaseException:
-            self._open.close()
-            raise
+        for path, promised in shards(folder).items():
+            shapes = read_shapes(path)
+            self.shapes |= shapes
+            self.paths |= dict.fromkeys(shapes, path)
+            for name in promised or ():
+                if name not in shapes:
+                    raise InputError(f"{path}: lacks tensor {name}, which the index places in it")
 
-    def _read_header(self, path: Path, promised: list[str] | None) -> None:
-        if not path.exists():
-            raise InputError(f"{path}: is missing; copy every shard of the model")
-        try:
-            file = self._open.enter_context(safe_open(path, framework="pt"))
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"{path}: cannot be read as safetensors, perhaps cut short ({error})"
-            ) from error
-        for name in file.keys():  # noqa: SIM118 (not a mapping)
-            self._files[name] = file
-            self.paths[name] = path
-            self.shapes[name] = tuple(file.get_slice(name).get_shape())
-        for name in promised or ():
-            if self.paths.get(name) != path:
-                raise InputError(f"{path}: lacks tensor {name}, which the index places in it")
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Read tensors one by one, on the CPU in their stored dtype, file by file.
 
-    def tensor(self, name: str) -> Tensor:
-        """Read one tensor, on the CPU in its stored dtype."""
-        return self._files[name].get_tensor(name)
+        A tensor may lie in the mapped file: copy what is to be kept.
+        """
+        wanted: dict[Path, list[str]] = {}
+        for name in names:
+            wanted.setdefault(self.paths[name], []).append(name)
+        for path, here in wanted.items():
+            with safe_open(path, framework="pt") as file:
+                for name in here:
+                    yield name, file.get_tensor(name)
 
-    def __enter__(self) -> WeightFolder:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._open.close()
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a safetensors file, from its header.
+
+    Raises:
+        InputError: it is missing, cut short or not a safetensors file.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: is missing; the model needs every shard")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path}: cannot be read as safetensors, perhaps cut short ({error})"
+        ) from error
 
 
 def shards(folder: Path) -> Mapping[Path, list[str] | None]:
@@ -84,19 +84,17 @@ def shards(folder: Path) -> Mapping[Path, list[str] | None]:
     Raises:
         InputError: there are none.
     """
-    index = folder / f"{SAFETENSORS}.index.json"
-    if (folder / SAFETENSORS).exists() or not index.exists():
-        if not (folder / SAFETENSORS).exists():
-            raise InputError(f"{folder}: holds no {SAFETENSORS} and no {index.name}")
-        return {folder / SAFETENSORS: None}
+    whole, index = folder / SAFETENSORS, folder / f"{SAFETENSORS}.index.json"
+    if whole.exists():
+        return {whole: None}
+    if not index.exists():
+        raise InputError(f"{folder}: holds no {whole.name} and no {index.name}")
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise InputError(f"{index}: holds no weight_map")
-    files: dict[Path, list[str] | None] = {}
+    files: dict[Path, list[str]] = {}
     for name, file in places.items():
-        names = files.setdefault(folder / str(file), [])
-        assert names is not None
-        names.append(name)
+        files.setdefault(folder / str(file), []).append(name)
     return files
 
 
