@@ -237,7 +237,8 @@ class Stack(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        size = (config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(*size, _weight=torch.empty(size))  # drawn by `Decoder`
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
         )
@@ -259,7 +260,8 @@ class Decoder(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._frequencies = rope_frequencies(config)  # no buffer: .to(dtype) must not round it
-        self._initialise()
+        if not self.model.embed_tokens.weight.is_meta:  # else there is nothing to draw into
+            self._initialise()
 
     @torch.no_grad()
     def _initialise(self) -> None:
