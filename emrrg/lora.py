@@ -93,7 +93,7 @@ class AdaptableLayer(nn.Module):
     """
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Any  # None where the layer has none
     _merged: tuple[dict[str, Adapter], Tensor] | None = None  # and the weight as it was before
 
     def adapters(self) -> dict[str, Adapter]:

@@ -103,7 +103,7 @@ class Mixer(nn.Module):
     def initialise(self, depth: int) -> None:
         """Draw what does not start from torch's defaults; `depth` blocks share the output."""
         nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
-        self.out_proj.weight /= math.sqrt(depth)
+        self.out_proj.weight.div_(math.sqrt(depth))
         for layer in self._layers("dt_proj"):
             nn.init.uniform_(layer.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
             log_dt = torch.empty_like(layer.bias).uniform_(math.log(1e-3), math.log(0.1))
@@ -303,7 +303,7 @@ class VisionMamba(nn.Module):
         fan_in = conv.weight[0].numel()
         # LeCun normal, cut at two deviations; the constant restores the deviation after the cut.
         nn.init.trunc_normal_(conv.weight, std=1.0, a=-2.0, b=2.0)
-        conv.weight *= fan_in**-0.5 / 0.87962566103423978
+        conv.weight.mul_(fan_in**-0.5 / 0.87962566103423978)
         if conv.bias is not None:
             nn.init.zeros_(conv.bias)
         for token in (self.cls_token, self.pos_embed):
