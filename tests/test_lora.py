@@ -236,7 +236,9 @@ def test_dropout_acts_on_the_rank_r_product_in_training_alone() -> None:
         layers = [getattr(model.layers[0].mixer, f"x_proj{k}") for k in ("", "_b", "_c", "_c_b")]
         u = torch.randn(4, 50, D)
         quiet = stacked_linear(layers, u)
-        torch.testing.assert_close(quiet, torch.stack([m(v) for m, v in zip(layers, u)]))
+        torch.testing.assert_close(
+            quiet, torch.stack([m(v) for m, v in zip(layers, u, strict=True)])
+        )
         for m in layers:
             m.train()
         torch.manual_seed(0)
