@@ -84,9 +84,20 @@ class Mixer(nn.Module):
         dt_rank: R.
     """
 
+    peft_delta_A: nn.Parameter | None  # noqa: N815 (K, D, N)
+    peft_delta_D: nn.Parameter | None  # noqa: N815 (K, D)
+    peft_delta_conv1d: nn.Parameter | None  # (K, D, W)
+    peft_delta_bias: nn.Parameter | None  # (K, D)
+
     def __init__(self, dim: int, state_dim: int, dt_rank: int) -> None:
         super().__init__()
         self.dim, self.state_dim, self.dt_rank = dim, state_dim, dt_rank
+        # Places for the methods of `emrrg.peft`; None: the plain mixer.
+        for name in ("delta_A", "delta_D", "delta_conv1d", "delta_bias"):
+            self.register_parameter(f"peft_{name}", None)
+        self.peft_scan: Any = None
+        self.peft_adapter: Any = None
+        self.merged_deltas: dict[str, tuple[nn.Parameter, list[Tensor]]] = {}
         self.in_proj = AdaptableLinear(dim, 2 * dim, bias=False)
         self.out_proj = AdaptableLinear(dim, dim, bias=False)
         for k in DIRECTIONS:
@@ -110,42 +121,59 @@ class Mixer(nn.Module):
             dt = log_dt.exp().clamp(min=1e-4)
             layer.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of this is dt
 
-    def forward(self, x: Tensor, orders: Tensor) -> Tensor:
+    def forward(self, x: Tensor, orders: Tensor, affix: Tensor | None = None) -> Tensor:
         """Mix the tokens.
 
         Args:
             x: (B, L, D).
             orders: (K, L) int64; `orders[k, t]` is the place in x visited at step t of order k.
+            affix: (K, T, D) tokens of each order, visited before the image's and then dropped
+                (affix tuning, `emrrg.peft`); None: none.
         Returns:
             (B, L, D).
         """
         batch, length, dim = x.shape
         inner, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L, D) each, views
-        convs = self._layers("conv1d")
-        u = causal_conv1d(
-            inner,
-            torch.stack([conv.weight for conv in convs]).squeeze(2),  # (K, D, W)
-            torch.stack([conv.bias for conv in convs]),
-            orders,
-            activation="silu",
-        )  # (K, B, L, D)
-        flat = u.view(len(DIRECTIONS), batch * length, dim)
+        if affix is not None:
+            tokens = affix.flatten(0, 1).to(inner.dtype)
+            inner = torch.cat([inner, tokens.expand(batch, -1, -1)], dim=1)
+            z = F.pad(z, (0, 0, 0, len(tokens)))
+            orders = affix_orders(orders, affix.shape[1])
+        convs, dt_layers = self._layers("conv1d"), self._layers("dt_proj")
+        conv_weight = torch.stack([conv.weight for conv in convs]).squeeze(2)  # (K, D, W)
+        conv_bias = torch.stack([conv.bias for conv in convs])
+        A_log, D = self._stack("A{}_log"), self._stack("D{}")
+        delta_bias = torch.stack([layer.bias for layer in dt_layers])
+        if self.peft_delta_conv1d is not None:
+            conv_weight = conv_weight + self.peft_delta_conv1d
+        if self.peft_delta_A is not None:
+            A_log = A_log + self.peft_delta_A
+        if self.peft_delta_D is not None:
+            D = D + self.peft_delta_D
+        if self.peft_delta_bias is not None:
+            delta_bias = delta_bias + self.peft_delta_bias
+
+        u = causal_conv1d(inner, conv_weight, conv_bias, orders, activation="silu")  # (K, B, L, D)
+        flat = u.view(len(DIRECTIONS), -1, dim)
         projected = stacked_linear(self._layers("x_proj"), flat)  # (K, B L, R + 2 N)
         dt, B, C = projected.split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
-        delta = stacked_linear(self._layers("dt_proj"), dt)  # (K, B L, D)
-        scan = (len(DIRECTIONS), batch, length, -1)
+        delta = stacked_linear(dt_layers, dt)  # (K, B L, D)
+        if self.peft_scan is not None:
+            A_log, B, C = self.peft_scan(flat, A_log, B, C)
+        scan = (len(DIRECTIONS), batch, inner.shape[1], -1)
         y = cross_scan(
             u,
             delta.view(scan),
-            -torch.exp(self._stack("A{}_log").float()),
+            -torch.exp(A_log.float()),
             B.float().view(scan),
             C.float().view(scan),
-            self._stack("D{}").float(),
+            D.float(),
             z,
-            torch.stack([layer.bias for layer in self._layers("dt_proj")]).float(),
+            delta_bias.float(),
             orders,
-        )
-        return self.out_proj(y)
+        )[:, :length]
+        out = self.out_proj(y)
+        return out if self.peft_adapter is None else out + self.peft_adapter(y)
 
     def _layers(self, name: str) -> list[Any]:
         return [getattr(self, name + k) for k in DIRECTIONS]
@@ -180,9 +208,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = SwiGLU(dim)
 
-    def forward(self, h: Tensor, orders: Tensor) -> Tensor:
-        """(B, L, D) to (B, L, D); `orders` as in `Mixer.forward`."""
-        h = self._add(h, self.mixer(self.norm1(h), orders))
+    def forward(self, h: Tensor, orders: Tensor, affix: Tensor | None = None) -> Tensor:
+        """(B, L, D) to (B, L, D); arguments as in `Mixer.forward`."""
+        h = self._add(h, self.mixer(self.norm1(h), orders, affix))
         return self._add(h, self.mlp(self.norm2(h)))
 
     def _add(self, h: Tensor, branch: Tensor) -> Tensor:
@@ -228,6 +256,7 @@ class VisionMamba(nn.Module):
     ) -> None:
         super().__init__()
         self.patch_size, self.dim, self.depth = patch_size, dim, depth
+        self.state_dim = state_dim
         self.checkpointing = checkpointing
         rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.patch_embed = PatchEmbed(patch_size, dim)
@@ -236,6 +265,9 @@ class VisionMamba(nn.Module):
         self.layers = nn.ModuleList(Block(dim, state_dim, rank, rate) for rate in rates)
         self.norm_f = nn.LayerNorm(dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, 0, dim))
+        self.peft_prompt: Any = None  # places for the methods of `emrrg.peft`
+        self.peft_affix: Any = None
+        self.peft_bias = False
         self._set_grid(image_size)
         self._initialise()
 
@@ -277,12 +309,18 @@ class VisionMamba(nn.Module):
         middle = self.num_patches // 2
         cls = self.cls_token.expand(len(x), -1, -1).to(x.dtype)
         h = torch.cat([x[:, :middle], cls, x[:, middle:]], dim=1) + self.pos_embed
-        for block in self.layers:
-            if self.checkpointing and self.training:
-                h = checkpoint(block, h, self.orders, use_reentrant=False)
+        length, orders = h.shape[1], self.orders
+        if self.peft_prompt is not None:
+            prompt = self.peft_prompt()
+            h = torch.cat([h, prompt.to(h.dtype).expand(len(h), -1, -1)], dim=1)
+            orders = prompt_orders(orders, len(prompt))
+        affixes = [None] * self.depth if self.peft_affix is None else self.peft_affix()
+        for block, affix in zip(self.layers, affixes, strict=True):
+            if self.checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, orders, affix, use_reentrant=False)
             else:
-                h = block(h, self.orders)
-        return self.norm_f(h)
+                h = block(h, orders, affix)
+        return self.norm_f(h[:, :length])
 
     def _set_grid(self, image_size: int | tuple[int, int]) -> None:
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
@@ -313,6 +351,43 @@ class VisionMamba(nn.Module):
             block.mixer.initialise(self.depth)
             for layer in (block.mlp.w1, block.mlp.w2, block.mlp.w3):
                 nn.init.zeros_(layer.bias)
+
+
+def prompt_orders(orders: Tensor, tokens: int) -> Tensor:
+    """Visiting orders of a sequence with prompt tokens at its end.
+
+    The first half of them (rounded down) is visited before the image by the orders "" and "_c" and
+    the rest after it; the reversed orders "_b" and "_c_b" stay the reverse of those.
+
+    Args:
+        orders: (K, L) int64.
+        tokens: T, prompt tokens.
+    Returns:
+        (K, L + T) int64.
+    """
+    length = orders.shape[1]
+    places = torch.arange(length, length + tokens, device=orders.device)
+    forward = [torch.cat([places[: tokens // 2], orders[k], places[tokens // 2 :]]) for k in (0, 2)]
+    return torch.stack([forward[0], forward[0].flip(0), forward[1], forward[1].flip(0)])
+
+
+def affix_orders(orders: Tensor, tokens: int) -> Tensor:
+    """Visiting orders of a sequence with every order's own affix tokens at its end.
+
+    Order k visits its own tokens, then the image, and last the other orders' tokens: there they
+    change nothing that is kept, and the order stays a permutation.
+
+    Args:
+        orders: (K, L) int64.
+        tokens: T, affix tokens of each order.
+    Returns:
+        (K, L + K T) int64.
+    """
+    count, length = orders.shape
+    places = torch.arange(length, length + count * tokens, device=orders.device)
+    places = places.view(count, tokens)
+    others = [torch.cat([places[:k], places[k + 1 :]]).flatten() for k in range(count)]
+    return torch.cat([places, orders, torch.stack(others)], dim=1)
 
 
 def interpolate_pos_embed(
