@@ -34,7 +34,7 @@ class Study:
     images: Tensor
     """(V, 3, S, S) uint8."""
     report: str
-    labels: dict[str, int] | None = None
+    labels: dict[str, int | None] | None = None
     """The true CheXpert observations, where the data set knows them."""
     findings: tuple[Finding, ...] = ()
     """Phantoms: what was drawn, and where."""

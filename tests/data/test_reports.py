@@ -1,0 +1,86 @@
+"""Report cleaning, against what R2Gen's own code leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from emrrg.data.reports import clean_report, replace_marks
+from emrrg.errors import InputError
+
+OPENI = Path(__file__).parents[2] / "../shared/data/openi/NLMCXR_reports.tgz"
+
+
+@pytest.mark.parametrize(
+    ("raw", "iu_xray", "mimic_cxr"),
+    [
+        ("The HEART is normal. Lungs are clear.", *["the heart is normal . lungs are clear ."] * 2),
+        ("1. No change. 2. Stable, T11. Left < right", *["no change . stable t1left  right ."] * 2),
+        ("2.5 cm and/or x-ray (PA): O'Neil", *["25 cm andor x-ray pa oneil ."] * 2),
+        ("Clear..\n  No  effusion.. ", "clear.\n  no  effusion .", "clear . no effusion ."),
+        ("Seen on ____ . Stable", "seen on  . stable .", "seen on  . stable ."),
+        ("", *[" ."] * 2),
+    ],
+)
+def test_r2gen_to_the_letter(raw: str, iu_xray: str, mimic_cxr: str) -> None:
+    assert clean_report(raw, "iu_xray") == iu_xray.replace("clear.\n", "clear\n")
+    assert clean_report(raw, "mimic_cxr") == mimic_cxr
+
+
+@pytest.mark.skipif(not OPENI.exists(), reason="the Open-i reports are not there")
+def test_r2gen_on_the_whole_openi_corpus() -> None:
+    """The digests are of what R2Gen's tokenizers.py returns for every section."""
+    digests = {"iu_xray": hashlib.sha256(), "mimic_cxr": hashlib.sha256()}
+    with tarfile.open(OPENI) as archive:
+        names = sorted(n for n in archive.getnames() if n.endswith(".xml"))
+        count = 0
+        for name in names:
+            member = archive.extractfile(name)
+            assert member is not None
+            for section in ElementTree.parse(member).iter("AbstractText"):
+                count += 1
+                for style, digest in digests.items():
+                    cleaned = clean_report(section.text or "", style)  # type: ignore[arg-type]
+                    digest.update(cleaned.encode() + b"\n")
+    assert (len(names), count) == (3955, 15820)
+    assert {style: digest.hexdigest() for style, digest in digests.items()} == {
+        "iu_xray": "c2f040a245a730447514aec178d1e18efb7dbfc236e6299261f008b2e489125a",
+        "mimic_cxr": "5e3a909523f91b75ea39338a4167e6ae37cb8e7b310707616b69c346b12b0680",
+    }
+
+
+@pytest.mark.parametrize(
+    ("raw", "plain"),
+    [
+        ("1. No change. 2. Stable.", "no change . stable ."),
+        ("Fracture of T11. No pneumothorax", "fracture of t11 . no pneumothorax ."),
+        ("Nodule of 2.5 cm, atelectasis/infiltrate.", "nodule of 2.5 cm atelectasis infiltrate ."),
+        ("Mid-thoracic x-ray (PA): SpO2 < 90%", "mid-thoracic x-ray pa spo2 90% ."),
+        ("Clear..  . \nNo effusion!", "clear . no effusion ."),
+        ("Heart size is\nnormal.No edema", "heart size is normal . no edema ."),
+        (" \n", ""),
+    ],
+)
+def test_plain_has_none_of_the_accidents(raw: str, plain: str) -> None:
+    assert clean_report(raw, "plain") == plain
+
+
+def test_marks() -> None:
+    raw = "XXXX atelectasis, seen on ___. [**Name**] xxxx-year-old"
+    assert replace_marks(raw) == "atelectasis, seen on. -year-old"
+    assert clean_report(raw, "plain", marks="mask") == (
+        "xxxx atelectasis seen on xxxx . xxxx xxxx -year-old ."
+    )
+    assert clean_report("Normal chest x-XXXX.", "iu_xray") == "normal chest x-xxxx ."
+    assert clean_report("Normal chest XXXX.", "iu_xray", marks="drop") == "normal chest ."
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(InputError, match="'iu'"):
+        clean_report("x", "iu")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="keep, drop or mask"):
+        clean_report("x", marks="hide")  # type: ignore[arg-type]
