@@ -248,6 +248,8 @@ def load_released(model: nn.Module, released: ReleasedCheckpoint) -> LoadReport:
             )
         places[name].copy_(tensor)
         report.loaded.append(name)
+    done = {*report.loaded, *report.missing}
+    report.missing += [name for name in places if _is_adapter(name) and name not in done]
     return report
 
 

@@ -288,21 +288,26 @@ def target_layers(model: nn.Module, target: str) -> Iterator[tuple[AdaptableLaye
         return
     for block in encoder.layers:
         mixer = block.mixer
-        dim, states, rank = mixer.dim, mixer.state_dim, mixer.dt_rank
-        name, rows = {
-            "X": ("in_proj", slice(0, dim)),
-            "Z": ("in_proj", slice(dim, 2 * dim)),
-            "dt_in": ("x_proj", slice(0, rank)),
-            "B": ("x_proj", slice(rank, rank + states)),
-            "C": ("x_proj", slice(rank + states, rank + 2 * states)),
-            "in_proj": ("in_proj", slice(0, 2 * dim)),
-            "out_proj": ("out_proj", slice(0, dim)),
-            "x_proj": ("x_proj", slice(0, rank + 2 * states)),
-            "dt_proj": ("dt_proj", slice(0, dim)),
-        }[target]
+        name, rows = mixer_rows(target, mixer.dim, mixer.state_dim, mixer.dt_rank)
         suffixes = DIRECTIONS if name in ("x_proj", "dt_proj") else ("",)
         for suffix in suffixes:
             yield getattr(mixer, name + suffix), rows
+
+
+def mixer_rows(target: str, dim: int, states: int, dt_rank: int) -> tuple[str, slice]:
+    """The layer of a mixer that a target adapts, and its output rows (sizes D, N, R)."""
+    projected = dt_rank + 2 * states
+    return {
+        "X": ("in_proj", slice(0, dim)),
+        "Z": ("in_proj", slice(dim, 2 * dim)),
+        "dt_in": ("x_proj", slice(0, dt_rank)),
+        "B": ("x_proj", slice(dt_rank, dt_rank + states)),
+        "C": ("x_proj", slice(dt_rank + states, projected)),
+        "in_proj": ("in_proj", slice(0, 2 * dim)),
+        "out_proj": ("out_proj", slice(0, dim)),
+        "x_proj": ("x_proj", slice(0, projected)),
+        "dt_proj": ("dt_proj", slice(0, dim)),
+    }[target]
 
 
 def _llm_layers(model: nn.Module) -> Iterator[tuple[AdaptableLayer, slice]]:
