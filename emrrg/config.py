@@ -371,7 +371,8 @@ def parse_config(
 
 def run_command(main: Callable[[Sequence[str] | None], int | None]) -> typing.NoReturn:
     """Run a command's `main`; what the user can mend becomes one line and exit status 2."""
-    name = Path(sys.argv[0]).stem
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.stem == "__main__" else program.stem
     try:
         status = main(None)
     except InputError as error:

@@ -16,10 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from emrrg.data.records import SPLITS, Record
+from emrrg.data.records import POSITIONS, SPLITS, Dropped, Record, SourceStudy, View
 from emrrg.errors import InputError
 
 KNOWN = {"id", "report", "image_path", "split", "labels"}
+PATIENT_FIELDS = ("patient", "patientid", "patient_id", "subject_id")
+TEXTS = ("findings", "impression", "indication", "comparison")
 SHOWN = 5  # bad records spelled out in an error message; the rest are counted
 
 
@@ -109,6 +111,46 @@ def scan_annotation(path: Path, images_dir: Path) -> Iterator[tuple[str, list[st
                 problems.append(f"id {identity!r} is also that of {seen[identity]}")
             seen.setdefault(identity, f"{split}[{index}]")
             yield where, problems, None if form else _record(entry, split, images_dir)
+
+
+def studies(path: Path, images_dir: Path | None = None) -> Iterator[SourceStudy | Dropped]:
+    """Read an annotation file as a source, to drop what is wrong in it or to divide it anew.
+
+    Args:
+        path: the JSON file.
+        images_dir: not looked at here.
+    Yields:
+        One study a record, in the order of the file; `Dropped` with the reason for a bad one.
+    Raises:
+        InputError: the file is no annotation at all.
+    """
+    for where, problems, record in scan_annotation(path, Path()):
+        if problems or record is None:
+            yield Dropped(where, problems[0])
+            continue
+        attributes = dict(record.attributes)
+        patient = next((attributes.pop(n) for n in PATIENT_FIELDS if attributes.get(n)), None)
+        position = attributes.pop("view", [])
+        given = [position] if isinstance(position, str) else list(position)
+        if len(given) != len(record.images):
+            given = [""] * len(record.images)
+        known = {str(p).upper(): str(p).upper() for p in POSITIONS} | {"L": "LATERAL"}
+        texts = {name: attributes.pop(name) for name in TEXTS if name in attributes}
+        yield SourceStudy(
+            id=record.id,
+            sections={
+                **{k: v for k, v in texts.items() if isinstance(v, str)},
+                "full": record.report,
+            },
+            views=tuple(
+                View(image.as_posix(), known.get(str(name).upper(), ""))
+                for image, name in zip(record.images, given, strict=True)
+            ),
+            patient=None if patient is None else str(patient),
+            split=record.split,
+            labels=record.labels,
+            attributes=attributes,
+        )
 
 
 def missing_images(record: Record) -> list[Path]:

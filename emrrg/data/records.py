@@ -1,4 +1,4 @@
-"""What every source of data becomes: one record a study.
+"""What every source of data becomes: one record a study; and what a source holds before that.
 
 A record holds its images as paths, never as pixels, so a list of 370,000 of them is small.
 """
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 SPLITS = ("train", "val", "test")
+POSITIONS = ("PA", "AP", "FRONTAL", "", "LATERAL")
+"""Projections in order of preference where one is to be chosen; "" is an unknown one."""
 
 
 @dataclass(frozen=True)
@@ -30,3 +32,38 @@ class Record:
     None where the source has no labels at all."""
     attributes: Mapping[str, Any] = field(default_factory=dict)
     """Every other field of the source's record: patient, view, sex, age, sections, licence..."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One image of a study."""
+
+    path: str
+    """Relative to the images folder, with forward slashes."""
+    position: str = ""
+    """One of `POSITIONS`."""
+
+
+@dataclass(frozen=True)
+class SourceStudy:
+    """One study as its source has it, before anything is chosen."""
+
+    id: str
+    sections: Mapping[str, str]
+    """Section name to text, under the names of `emrrg.data.reports.parse_sections`; ``full`` is
+    the whole report where the source has one."""
+    views: tuple[View, ...]
+    patient: str | None = None
+    """None where the source does not say."""
+    split: str | None = None
+    """``train``, ``val``, ``test`` or None."""
+    labels: dict[str, int | None] | None = None
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Something in the source of which no record is made."""
+
+    id: str
+    reason: str

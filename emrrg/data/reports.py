@@ -17,6 +17,7 @@ what they do by accident:
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 from typing import Literal, get_args
 
 from emrrg.errors import InputError
@@ -102,3 +103,124 @@ def _plain(text: str) -> str:
         if words := " ".join(words.split()):
             sentences.append(words)
     return " . ".join(sentences) + " ." if sentences else ""
+
+
+_HEADING = re.compile(
+    r"^[ \t]*(?P<name>[A-ZÁÉÍÓÚÑ][A-ZÁÉÍÓÚÑ0-9 ()/,&.\-]{1,60}?)[ \t]*:(?=\s|$)", re.MULTILINE
+)
+_TITLE = re.compile(r"^[ \t]*(?P<name>FINAL (?:REPORT|ADDENDUM))[ \t]*$", re.MULTILINE)
+_RULE = re.compile(r"^[ \t]*_{10,}[ \t]*$", re.MULTILINE)
+_SECTION_NAMES = {
+    "findings": ("finding", "findings", "reference findings", "hallazgos", "radiological findings"),
+    "impression": (
+        "impression", "impressions", "conclusion", "conclusions", "opinion", "assessment",
+        "findings and impression", "findings/impression", "findings / impression",
+        "impression and recommendation", "impresion", "impresión", "conclusión",
+    ),
+    "indication": (
+        "indication", "indications", "clinical indication", "reason for exam",
+        "reason for examination", "reason for study", "reason for this examination", "motivo",
+    ),
+    "history": (
+        "history", "clinical history", "clinical information", "patient history",
+        "medical history", "clinical data",
+    ),
+    "comparison": (
+        "comparison", "comparisons", "comparison exam", "comparison film", "comparison study",
+        "comparison studies", "reference exam", "prior studies",
+    ),
+    "technique": ("technique", "techniques", "procedure", "procedure comments", "técnica"),
+    "examination": ("examination", "exam", "type of examination", "study", "procedure name"),
+    "recommendation": ("recommendation", "recommendations", "recommendation(s)"),
+    "notification": ("notification", "notifications"),
+    "addendum": ("addendum", "addenda"),
+    "wet read": ("wet read", "wetread", "preliminary report", "provisional findings impression"),
+}  # fmt: skip
+_CANONICAL = {variant: name for name, variants in _SECTION_NAMES.items() for variant in variants}
+_ANY_CASE = re.compile(
+    r"^[ \t]*(?P<name>" + "|".join(map(re.escape, _CANONICAL)) + r")[ \t]*:",
+    re.MULTILINE | re.IGNORECASE,
+)
+_INLINE = re.compile(
+    r"(?:^|(?<=[.!?;]))\s*(?P<name>" + "|".join(map(re.escape, _CANONICAL)) + r")\s*:",
+    re.IGNORECASE,
+)
+# A heading that only says what was photographed opens the findings (MIMIC: "CHEST, TWO VIEWS:").
+_ABOUT_THE_STUDY = re.compile(
+    r"\b(chest|portable|(pa|ap|frontal|lateral|two|one|single|upright)\b.*\b(views?|lat|lateral|pa|ap"
+    r"|upright|radiographs?))\b"
+)
+
+
+def parse_sections(text: str) -> dict[str, str]:
+    """Divide a free-text report by its headings.
+
+    A heading stands at the beginning of a line and ends in a colon: any in capitals, and the
+    usual ones in any case (these also behind a full stop, where the text is all on one line).
+    Names are brought to common ones (``findings``, ``impression``, ``indication``, ``history``,
+    ``comparison``, ``technique``, ``examination``, ...); "CHEST, TWO VIEWS:" and its like open
+    findings; misspelt ones (IMPRESSOIN) are recognised. Where findings or impression come more
+    than once, the last that has text counts, as with MIMIC-CXR's own parser
+    (github.com/MIT-LCP/mimic-cxr); other sections are joined.
+
+    Args:
+        text: the report.
+    Returns:
+        Section name to its text on one line, in the report's order, without empty ones.
+        ``preamble`` is what comes before the first heading. Where there are neither findings nor
+        impression, ``last_paragraph`` is what follows the last section's first blank line (the
+        whole text, where it has no headings).
+    """
+    text = _RULE.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = re.sub(r"\n[ \t]+\n", "\n\n", text)
+    if "\n" not in text.strip():  # from a table whose fields hold no line breaks
+        text = _INLINE.sub(r"\n\g<name>:", text)
+    found = {m.start("name"): m for m in _HEADING.finditer(text) if _is_heading(m["name"])}
+    found |= {m.start("name"): m for p in (_ANY_CASE, _TITLE) for m in p.finditer(text)}
+    headings = [found[start] for start in sorted(found)]
+    starts = [mark.start("name") for mark in headings]
+    parts = [("preamble", text[: starts[0]] if starts else "")]
+    for mark, end in zip(headings, [*starts[1:], len(text)], strict=False):
+        parts.append((_section_name(mark["name"]), text[mark.end() : end]))
+    told = [name for name, body in parts if name in ("findings", "impression") and _says(body)]
+    if not told:
+        name, body = parts.pop()
+        if headings:
+            first, _, body = body.strip().partition("\n\n")
+            parts.append((name, first))
+        parts.append(("last_paragraph", body if headings else text))
+    sections: dict[str, str] = {}
+    for name, body in parts:
+        line = " ".join(body.split())
+        if name in ("findings", "impression"):
+            if _says(body):
+                sections[name] = line
+        elif line:
+            sections[name] = f"{sections[name]} {line}" if name in sections else line
+    return sections
+
+
+def _is_heading(name: str) -> bool:
+    """Not "T11:" or "L:"."""
+    return sum(c.isalpha() for c in name) >= 4
+
+
+def _says(body: str) -> bool:
+    """Whether there is any text besides de-identification marks."""
+    return any(c.isalnum() for c in replace_marks(body))
+
+
+def _section_name(heading: str) -> str:
+    """The common name of a heading."""
+    name = " ".join(heading.lower().split())
+    if name == "final report":
+        return "preamble"
+    if name in _CANONICAL:
+        return _CANONICAL[name]
+    close = get_close_matches(name, ("impression", "findings", "indication", "comparison"), 1, 0.84)
+    if close:
+        return close[0]
+    for main in ("impression", "findings", "history", "comparison", "addendum"):
+        if re.search(rf"\b{main}\b", name):
+            return main
+    return "findings" if _ABOUT_THE_STUDY.search(name) else name

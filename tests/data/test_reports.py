@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from emrrg.data.reports import clean_report, replace_marks
+from emrrg.data.reports import clean_report, parse_sections, replace_marks
 from emrrg.errors import InputError
 
 OPENI = Path(__file__).parents[2] / "../shared/data/openi/NLMCXR_reports.tgz"
@@ -84,3 +84,60 @@ def test_unknown_names_are_refused() -> None:
         clean_report("x", "iu")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="keep, drop or mask"):
         clean_report("x", marks="hide")  # type: ignore[arg-type]
+
+
+class TestSections:
+    def test_mimic_report(self) -> None:
+        text = (
+            "                                 FINAL REPORT\n EXAMINATION:  CHEST (PA AND LAT)\n \n"
+            " INDICATION:  ___ year old woman with effusion // effusion\n \n COMPARISON:  ___\n \n"
+            " FINDINGS: \n \n Large left pleural effusion is new.  Small\n right effusion. Level\n"
+            " T11: normal.\n \n IMPRESSION: \n \n Large left effusion\n"
+        )
+        assert parse_sections(text) == {
+            "examination": "CHEST (PA AND LAT)",
+            "indication": "___ year old woman with effusion // effusion",
+            "comparison": "___",
+            "findings": (
+                "Large left pleural effusion is new. Small right effusion. Level T11: normal."
+            ),
+            "impression": "Large left effusion",
+        }
+
+    def test_report_without_findings_gives_its_last_paragraph(self) -> None:
+        text = (
+            " WET READ: ___ 5:30 PM\n  No pneumonia.\n ________________________________________\n"
+            "                 FINAL REPORT\n CHEST, TWO VIEWS: ___\n \n HISTORY:  Cough.\n \n"
+            " COMPARISON:  None.\n \n The lungs are clear.\n \n Dr. ___ was told.\n"
+        )
+        assert parse_sections(text) == {
+            "wet read": "___ 5:30 PM No pneumonia.",
+            "history": "Cough.",
+            "comparison": "None.",
+            "last_paragraph": "The lungs are clear. Dr. ___ was told.",
+        }
+
+    def test_names_are_brought_together(self) -> None:
+        for heading in ("IMPRESSION", "IMPRESSOIN", "Impression", "CONCLUSION", "IMPRESIÓN"):
+            assert parse_sections(f"{heading}: Normal.") == {"impression": "Normal."}
+        for heading in ("FINDINGS", "PA AND LATERAL CHEST VIEWS", "PORTABLE AP CHEST", "HALLAZGOS"):
+            assert parse_sections(f"{heading}: Clear.") == {"findings": "Clear."}
+        assert parse_sections("ACCESSION NUMBER: 7")["accession number"] == "7"
+
+    def test_the_last_findings_with_text_count(self) -> None:
+        text = "FINDINGS: Old.\nTECHNIQUE: a\nFINDINGS: New.\nTECHNIQUE: b\nFINDINGS: ___\n"
+        assert parse_sections(text) == {"findings": "New.", "technique": "a b"}
+
+    def test_one_line(self) -> None:
+        text = "INDICATION: Cough. FINDINGS: No findings: none. Clear. Impression: Normal."
+        assert parse_sections(text) == {
+            "indication": "Cough.",
+            "findings": "No findings: none. Clear.",
+            "impression": "Normal.",
+        }
+
+    def test_text_without_headings(self) -> None:
+        assert parse_sections("Lungs clear.\n\nHeart normal.") == {
+            "last_paragraph": "Lungs clear. Heart normal."
+        }
+        assert parse_sections(" \n ") == {}
