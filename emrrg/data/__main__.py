@@ -235,7 +235,7 @@ def _check(argv: list[str]) -> int:
 
     annotation = Path(config.annotation)
     images = Path(config.images) if config.images else annotation.parent
-    findings = check(annotation, images, workers=workers, progress=bar)
+    findings = check(annotation, images, workers=workers, pictures=config.pictures, progress=bar)
     print(findings.summary())
     if config.output:
         output = Path(config.output)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import random
 from collections import Counter, defaultdict
 
 from emrrg.data.checking import Findings, Problem
@@ -45,8 +44,7 @@ def check_page(findings: Findings, title: str, pictures: int = 240) -> str:
         if problem.path:
             by_path[problem.path].append(problem)
     troubled = [path for path in findings.images if path in by_path]
-    calm = [path for path in findings.images if path not in by_path]
-    random.Random(0).shuffle(calm)
+    calm = [p for p, fact in findings.images.items() if p not in by_path and fact.thumbnail]
     shown = [*troubled, *calm][:pictures]
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",

@@ -10,12 +10,12 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from emrrg.errors import InputError
 SMALLEST_SIDE = 64  # pixels
 WIDEST = 3.0  # longer side over shorter side
 COLOURED = 12.0  # mean difference between the channels, of 255; burnt-in arrows stay below it
+THUMBNAIL = 112  # pixels, the longer side
 FLAT = 3.0  # standard deviation of the grey values, of 255
 
 
@@ -112,7 +113,7 @@ def check(
     images: Path,
     *,
     workers: int = 0,
-    thumbnail: int = 112,
+    pictures: int = 240,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
 ) -> Findings:
     """Read every record and image.
@@ -121,7 +122,7 @@ def check(
         annotation: annotation file.
         images: folder that its paths start from.
         workers: processes; 0: read in this one.
-        thumbnail: longer side of the small pictures, in pixels; 0: none.
+        pictures: keep small pictures of so many images at random, and of as many with problems.
         progress: wraps the images as they come, given how many there are (a progress bar).
     Returns:
         What was found.
@@ -144,9 +145,16 @@ def check(
     _check_reports(findings, records)
 
     paths = list(findings.used_by)
-    facts: Iterable[ImageFacts] = _read_all(paths, workers, thumbnail)
+    sample = set(random.Random(0).sample(paths, min(pictures, len(paths))))
+    wanted = [(path, path in sample) for path in paths]
+    facts: Iterable[ImageFacts] = _read_all(wanted, workers)
+    kept = 0
     for fact in progress(facts, len(paths)) if progress else facts:
         path = str(fact.path)
+        if fact.thumbnail and path not in sample:
+            kept += 1
+            if kept > pictures:
+                fact = replace(fact, thumbnail=b"")
         findings.images[path] = fact
         where = findings.used_by[path]
         if fact.error:
@@ -159,12 +167,12 @@ def check(
     return findings
 
 
-def inspect_image(path: str | Path, thumbnail: int = 112) -> ImageFacts:
+def inspect_image(path: str | Path, picture_wanted: bool = True) -> ImageFacts:
     """Decode one image and judge it; never raises for a bad file.
 
     Args:
         path: the file.
-        thumbnail: longer side of the small picture, in pixels; 0: none.
+        picture_wanted: make a small picture even if nothing is wrong.
     """
     path = Path(path)
     try:
@@ -176,14 +184,15 @@ def inspect_image(path: str | Path, thumbnail: int = 112) -> ImageFacts:
         return ImageFacts(path, error="not enough memory to decode it")
     pixels = np.asarray(picture)
     grey = np.asarray(picture.convert("L"))
+    warnings = tuple(_judge(pixels, grey, mode))
     return ImageFacts(
         path,
         width=picture.width,
         height=picture.height,
         mode=mode,
-        warnings=tuple(_judge(pixels, grey, mode)),
+        warnings=warnings,
         fingerprint=blake2b(grey.tobytes(), digest_size=12).hexdigest(),
-        thumbnail=_thumbnail(picture, thumbnail) if thumbnail else b"",
+        thumbnail=_thumbnail(picture) if picture_wanted or warnings else b"",
     )
 
 
@@ -213,31 +222,34 @@ def _stored_mode(path: Path) -> str:
         return "DICOM"
 
 
-def _thumbnail(picture: Image.Image, side: int) -> bytes:
+def _thumbnail(picture: Image.Image) -> bytes:
     small = picture.copy()
-    small.thumbnail((side, side), Image.Resampling.BILINEAR)
+    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=80)
     return buffer.getvalue()
 
 
-def _read_all(paths: Sequence[str], workers: int, thumbnail: int) -> Iterator[ImageFacts]:
-    read = partial(inspect_image, thumbnail=thumbnail)
-    if workers < 1 or len(paths) < 2:
-        yield from map(read, paths)
+def _read_all(wanted: Sequence[tuple[str, bool]], workers: int) -> Iterator[ImageFacts]:
+    if workers < 1 or len(wanted) < 2:
+        yield from map(_inspect, wanted)
         return
     context = multiprocessing.get_context("fork" if os.name == "posix" else "spawn")
     done = 0
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         try:
-            for fact in pool.map(read, paths, chunksize=min(16, -(-len(paths) // workers))):
+            for fact in pool.map(_inspect, wanted, chunksize=min(16, -(-len(wanted) // workers))):
                 yield fact
                 done += 1
         except BrokenProcessPool:
             raise InputError(
-                f"a reading process died at or soon after {paths[min(done, len(paths) - 1)]} "
+                f"a reading process died at or soon after {wanted[min(done, len(wanted) - 1)][0]} "
                 "(out of memory?): try --workers 1"
             ) from None
+
+
+def _inspect(wanted: tuple[str, bool]) -> ImageFacts:
+    return inspect_image(*wanted)
 
 
 def _kind(text: str, where: str) -> tuple[str, str, str]:

@@ -10,8 +10,6 @@ filter; ``fit="pad"`` keeps its proportions instead.
 
 from __future__ import annotations
 
-import struct
-import zlib
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -35,7 +33,6 @@ million pixels; a file of a few kilobytes can claim billions."""
 Fit = Literal["stretch", "pad"]
 Window = Literal["file", "full", "percentile"] | tuple[float, float]
 
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
@@ -203,7 +200,9 @@ def _open_picture(file: BinaryIO, path: str | Path, window: Window) -> Image.Ima
                     f"{path}: {frames} frames; a radiograph has one: save the one you mean"
                 )
             picture.load()
-            return _eight_bit_modes(ImageOps.exif_transpose(picture), window)
+            # Pillow turns 8-bit TIFF files in which white is zero upright, deeper ones it does not.
+            white_is_zero = getattr(picture, "tag_v2", {}).get(262) == 0
+            return _eight_bit_modes(ImageOps.exif_transpose(picture), window, white_is_zero)
     except InputError:
         raise
     except _BOMBS:
@@ -213,20 +212,18 @@ def _open_picture(file: BinaryIO, path: str | Path, window: Window) -> Image.Ima
         ) from None
     except UnidentifiedImageError:
         raise InputError(f"{path}: not an image (no known format)") from None
-    except _BROKEN as error:
+    except Exception as error:  # decoders raise nearly anything on broken files
         detail = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: broken or truncated image: {detail}") from None
 
 
-def _eight_bit_modes(picture: Image.Image, window: Window) -> Image.Image:
+def _eight_bit_modes(picture: Image.Image, window: Window, white_is_zero: bool) -> Image.Image:
     """Whatever mode Pillow gives, as L or RGB."""
     mode = picture.mode
     if mode in ("L", "RGB"):
         return picture
     if mode.startswith("I") or mode == "F":  # 16-bit grey, 32-bit grey, floating point
         eight = to_eight_bits(np.asarray(picture), window)
-        tags = getattr(picture, "tag_v2", None)
-        white_is_zero = tags is not None and tags.get(262) == 0
         return Image.fromarray(255 - eight if white_is_zero else eight)
     if mode == "1":
         return picture.convert("L")

@@ -140,6 +140,15 @@ def test_sixteen_bits_are_spread_over_eight(suffix: str, tmp_path: Path) -> None
     assert grey(file, window="percentile").mean() != expected.mean()
 
 
+def test_deep_tiff_in_which_white_is_zero(tmp_path: Path) -> None:
+    pixels = ramp(top=4095)
+    Image.fromarray(pixels).save(tmp_path / "negative.tiff", tiffinfo={262: 0})
+    with Image.open(tmp_path / "negative.tiff") as stored:
+        assert stored.tag_v2[262] == 0  # type: ignore[attr-defined]
+    expected = 255 - np.rint(pixels / 4095 * 255)
+    np.testing.assert_array_equal(grey(tmp_path / "negative.tiff"), expected)
+
+
 def test_float_tiff_with_holes(tmp_path: Path) -> None:
     pixels = ramp().astype(np.float32) / 255
     pixels[0, 0] = np.nan
@@ -348,6 +357,37 @@ def test_broken_files_are_refused_by_name(content: bytes, says: str, tmp_path: P
         with pytest.raises(InputError, match=says) as caught:
             load_image(file, 32)
     assert "broken.bin" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "suffix", ["png", "jpeg", "tiff", "gif", "bmp", "webp", "jpeg2000", "ppm", "dds", "dcm"]
+)
+def test_damaged_files_load_or_are_refused(suffix: str, tmp_path: Path) -> None:
+    """Sixty random changes a format; whatever a decoder raises, the user sees one line."""
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 30), np.uint8)
+    file = tmp_path / "seed.bin"
+    if suffix == "dcm":
+        make_dicom(file, pixels.astype(np.uint16), WindowCenter=100, WindowWidth=90)
+    else:
+        Image.fromarray(pixels).convert("RGBA" if suffix == "dds" else "L").save(file, suffix)
+    whole = file.read_bytes()
+    rng = np.random.default_rng(1)
+    refused = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(60):
+            damaged = bytearray(whole)
+            for where in rng.integers(0, min(len(whole), rng.choice([60, len(whole)])), 4):
+                damaged[where] = rng.integers(256)
+            file.write_bytes(
+                damaged[: rng.integers(1, len(damaged)) if rng.random() < 0.3 else None]
+            )
+            try:
+                assert load_image(file, 16).shape == (16, 16, 3)
+            except InputError as error:
+                refused += 1
+                assert "seed.bin" in str(error) and "\n" not in str(error)
+    assert refused > 5
 
 
 def test_missing_file_folder_and_animation_are_refused_by_name(tmp_path: Path) -> None:
