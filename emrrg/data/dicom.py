@@ -24,7 +24,7 @@ from pydicom.pixels.processing import (
 )
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from emrrg.data.images import Window, check_size, to_eight_bits
+from emrrg.data.images import Window, check_size, map_values, to_eight_bits
 from emrrg.errors import InputError
 
 
@@ -101,13 +101,22 @@ def _pixels(dataset: pydicom.FileDataset, name: str, window: Window) -> NDArray[
         raise InputError(f"{name}: pixels of shape {stored.shape}; expected one grey or RGB frame")
 
     padding = _padding(stored, dataset)
-    values = apply_modality_lut(stored, dataset)
     if window == "file" and _has_voi(dataset):
-        grey = _file_window(values, dataset)
-    elif window == "file" and values.dtype == np.uint8:
+        grey = map_values(
+            stored, lambda few: _file_window(apply_modality_lut(few, dataset), dataset)
+        )
+        return _finish(grey, photometric, padding)
+    values = apply_modality_lut(stored, dataset)
+    if window == "file" and values.dtype == np.uint8:
         grey = values.copy()
     else:
         grey = to_eight_bits(values, window, None if padding is None else ~padding)
+    return _finish(grey, photometric, padding)
+
+
+def _finish(
+    grey: NDArray[np.uint8], photometric: str, padding: NDArray[np.bool_] | None
+) -> NDArray[np.uint8]:
     if photometric == "MONOCHROME1":
         grey = 255 - grey
     if padding is not None:

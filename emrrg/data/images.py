@@ -10,9 +10,10 @@ filter; ``fit="pad"`` keeps its proportions instead.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -150,7 +151,7 @@ def looks_inverted(grey: NDArray[np.uint8]) -> bool:
 
 
 def to_eight_bits(
-    values: NDArray[np.generic], window: Window, valid: NDArray[np.bool_] | None = None
+    values: NDArray[Any], window: Window, valid: NDArray[np.bool_] | None = None
 ) -> NDArray[np.uint8]:
     """Map grey values of any type to 0..255, linearly between two of them.
 
@@ -161,8 +162,9 @@ def to_eight_bits(
     Returns:
         (H, W) uint8; an image of one value only is black.
     """
-    pixels = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    counted = pixels if valid is None or not valid.any() else pixels[valid]
+    if values.dtype.kind == "f":
+        values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+    counted = values if valid is None or not valid.any() else values[valid]
     if isinstance(window, tuple):
         low, high = window[0] - window[1] / 2, window[0] + window[1] / 2
     elif window == "percentile":
@@ -171,8 +173,32 @@ def to_eight_bits(
         low, high = float(counted.min()), float(counted.max())
     else:
         raise InputError(f"window={window!r}: expected file, full, percentile or (centre, width)")
-    scaled = (pixels - low) / max(high - low, 1e-12)
-    return np.rint(np.clip(scaled, 0, 1) * 255).astype(np.uint8)
+
+    def scale(grey: NDArray[Any]) -> NDArray[np.uint8]:
+        scaled = (grey.astype(np.float64) - low) / max(high - low, 1e-12)
+        return np.rint(np.clip(scaled, 0, 1) * 255).astype(np.uint8)
+
+    return map_values(values, scale)
+
+
+def map_values(
+    values: NDArray[Any],
+    function: Callable[[NDArray[Any]], NDArray[np.uint8]],
+) -> NDArray[np.uint8]:
+    """Apply an elementwise function to an image; to each of its values once where they are few.
+
+    Args:
+        values: of any shape and number type.
+        function: elementwise.
+    Returns:
+        uint8, of the image's shape.
+    """
+    if values.dtype.kind in "iu" and values.size > 2**16:
+        low, high = int(values.min()), int(values.max())
+        if high - low < 2**16:
+            table = function(np.arange(low, high + 1).astype(values.dtype))
+            return table[values.astype(np.int64) - low]
+    return function(values)
 
 
 def check_size(width: int, height: int, name: str) -> None:

@@ -107,8 +107,24 @@ def test_a_directory_survives_and_a_temporary_file_does_not(
     assert not path.exists()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_has_its_own_file_position_and_does_not_clean_up(files: list[Path]) -> None:
+    cache = ImageCache(32)
+    cache.load(files[0])
+    position = os.lseek(cache._file or 0, 0, os.SEEK_CUR)
+    child = os.fork()
+    if child == 0:
+        for file in files:
+            cache.load(file)
+        cache._finalizer()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.lseek(cache._file or 0, 0, os.SEEK_CUR) == position
+    assert cache.path.exists()
+
+
 class Pictures(Dataset[tuple[int, int, int]]):
-    """Gives each image's sum, and the cache's hits and misses so far in that process."""
+    """Gives each image's sum, and whether it had to be decoded."""
 
     def __init__(self, cache: ImageCache, files: list[Path]) -> None:
         self.cache, self.files = cache, files

@@ -149,6 +149,23 @@ def test_deep_tiff_in_which_white_is_zero(tmp_path: Path) -> None:
     np.testing.assert_array_equal(grey(tmp_path / "negative.tiff"), expected)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.int32, np.float32])
+@pytest.mark.parametrize("window", ["full", "percentile", (100.0, 3000.0)])
+def test_large_images_are_mapped_as_small_ones(dtype: type, window: images.Window) -> None:
+    """From 2^16 pixels on, whole numbers go through a table."""
+    low, high = (0, 255) if dtype is np.uint8 else (0 if dtype is np.uint16 else -900, 3000)
+    pixels = np.random.default_rng(0).integers(low, high, (300, 300)).astype(dtype)
+    got = images.to_eight_bits(pixels, window)
+    if window == "full":
+        ends = float(pixels.min()), float(pixels.max())
+    elif window == "percentile":
+        ends = tuple(np.percentile(pixels.astype(np.float64), (0.5, 99.5)))
+    else:
+        ends = -1400.0, 1600.0
+    expected = np.clip((pixels.astype(np.float64) - ends[0]) / (ends[1] - ends[0]), 0, 1) * 255
+    assert np.abs(got - expected).max() <= 0.5 + 1e-6
+
+
 def test_float_tiff_with_holes(tmp_path: Path) -> None:
     pixels = ramp().astype(np.float32) / 255
     pixels[0, 0] = np.nan
@@ -214,7 +231,7 @@ class TestDicom:
 
     @pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
     def test_window_by_the_standards_equations(self, function: str, tmp_path: Path) -> None:
-        pixels = ramp(top=4000)
+        pixels = ramp(300, 300, top=4000)
         file = make_dicom(
             tmp_path / "a.dcm", pixels, BitsStored=12, HighBit=11, VOILUTFunction=function,
             WindowCenter=[1800, 600], WindowWidth=[1200, 400],

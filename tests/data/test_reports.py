@@ -31,6 +31,16 @@ def test_r2gen_to_the_letter(raw: str, iu_xray: str, mimic_cxr: str) -> None:
     assert clean_report(raw, "mimic_cxr") == mimic_cxr
 
 
+def test_r2gen_squeezes_so_often_and_no_more() -> None:
+    """3 and 8 halvings of dots, 6 of blanks: what is over is left, and shows."""
+    assert clean_report("1" + "." * 8 + " Stable", "iu_xray") == "stable ."
+    assert clean_report("1" + "." * 9 + " Stable", "iu_xray") == "1 . stable ."
+    assert clean_report("1" + "." * 256 + " Stable", "mimic_cxr") == "stable ."
+    assert clean_report("1" + "." * 257 + " Stable", "mimic_cxr") == "1 . stable ."
+    assert clean_report("a" + " " * 64 + "b", "mimic_cxr") == "a b ."
+    assert clean_report("a" + " " * 65 + "b", "mimic_cxr") == "a  b ."
+
+
 @pytest.mark.skipif(not OPENI.exists(), reason="the Open-i reports are not there")
 def test_r2gen_on_the_whole_openi_corpus() -> None:
     """The digests are of what R2Gen's tokenizers.py returns for every section."""

@@ -285,6 +285,7 @@ def test_mimic_views(tmp_path: Path) -> None:
             "--section", "either", "--output", tmp_path / "a.json",
         )  # fmt: skip
         got[views] = {k: [Path(p).stem for p in r["image_path"]] for k, r in records.items()}
+    assert records["d4"]["split"] == "val"
     assert got["one"] == {
         "s50414267": ["d2"], "s50414268": ["d3"], "s51000001": ["d4"], "s52000001": ["d6"]
     }  # fmt: skip
@@ -413,6 +414,7 @@ def test_padchest_labels_in_spanish() -> None:
     assert {k for k, v in found.items() if v} == {
         "Cardiomegaly", "Pneumothorax", "Pleural Effusion"
     }  # fmt: skip
+    assert found["Edema"] is None and len(found) == 14  # not said is not absent
     assert padchest.unknown_labels(["bocio", "normal"]) == {"bocio": 1}
 
 
