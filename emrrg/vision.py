@@ -261,7 +261,7 @@ class VisionMamba(nn.Module):
         rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        rates = [0.0, *torch.linspace(0, drop_path, depth, device="cpu").tolist()][:depth]
+        rates = [drop_path * max(0, i - 1) / max(1, depth - 1) for i in range(depth)]
         self.layers = nn.ModuleList(Block(dim, state_dim, rank, rate) for rate in rates)
         self.norm_f = nn.LayerNorm(dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, 0, dim))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from emrrg.data.images import load_image
+from emrrg.data.image_cache import ImageCache
 from emrrg.data.phantoms import Finding, draw_phantom, phantom_split
 from emrrg.data.records import Record
 from emrrg.errors import InputError
@@ -69,27 +69,22 @@ class RecordStudies(Dataset[Study]):
     Args:
         records: as `emrrg.data.r2gen.read_annotation` gives them.
         size: pixels a side.
-        cache_bytes: at most this much memory for resized images, in each process.
+        cache_bytes: at most this much for resized images, in a temporary file that all reading
+            processes share.
     """
 
     def __init__(self, records: Sequence[Record], size: int, cache_bytes: int = 2**30) -> None:
         self.records = list(records)
         self.size = size
-        self._room = cache_bytes
-        self._cache: dict[int, Tensor] = {}
+        self._cache = ImageCache(size, cache_bytes)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Study:
         record = self.records[index]
-        images = self._cache.get(index)
-        if images is None:
-            views = [np.ascontiguousarray(load_image(p, self.size)) for p in record.images]
-            images = torch.stack([torch.from_numpy(v).permute(2, 0, 1) for v in views])
-            if images.nbytes <= self._room:
-                self._room -= images.nbytes
-                self._cache[index] = images.contiguous()
+        views = [torch.from_numpy(self._cache.load(path)) for path in record.images]
+        images = torch.stack(views).permute(0, 3, 1, 2).contiguous()
         return Study(record.id, images, record.report, record.labels, (), dict(record.attributes))
 
     def reports(self) -> list[str]:

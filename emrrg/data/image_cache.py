@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from emrrg.data.images import Fit, Window, load_image
 
+PREFIX = "emrrg-images-"
 HEADER = 24
 PROBES = 8
 
@@ -75,7 +76,8 @@ class ImageCache:
         self._owner = 0
         self._lock = threading.Lock()
         if directory is None:
-            handle, name = tempfile.mkstemp(prefix="emrrg-images-", suffix=".cache")
+            _remove_orphans(Path(tempfile.gettempdir()))
+            handle, name = tempfile.mkstemp(prefix=f"{PREFIX}{os.getpid()}-", suffix=".cache")
             os.close(handle)
             self.path = Path(name)
             self._finalizer = weakref.finalize(self, _remove, self.path, os.getpid())
@@ -162,7 +164,8 @@ class ImageCache:
         """Do something at a slot; a full disk or a vanished file only makes the cache useless."""
         with self._lock, contextlib.suppress(OSError):
             if self._file is None or self._owner != os.getpid():  # not a parent's file position
-                flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+                flags = os.O_RDWR | os.O_CREAT
+                flags |= getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
                 self._file, self._owner = os.open(self.path, flags, 0o600), os.getpid()
             os.lseek(self._file, slot * self.slot_bytes, os.SEEK_SET)
             return action(self._file)
@@ -176,3 +179,17 @@ def _checksum(body: bytes) -> bytes:
 def _remove(path: Path, owner: int) -> None:
     if os.getpid() == owner:
         path.unlink(missing_ok=True)
+
+
+def _remove_orphans(folder: Path) -> None:
+    """Remove the temporary caches of processes that were killed."""
+    if os.name != "posix":  # elsewhere signal 0 is not a mere question
+        return
+    for path in folder.glob(f"{PREFIX}*.cache"):
+        owner = path.name.removeprefix(PREFIX).split("-")[0]
+        with contextlib.suppress(OSError):
+            if owner.isdecimal():
+                try:
+                    os.kill(int(owner), 0)
+                except ProcessLookupError:
+                    path.unlink()

@@ -123,6 +123,22 @@ def test_a_forked_child_has_its_own_file_position_and_does_not_clean_up(files: l
     assert cache.path.exists()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+def test_what_a_killed_process_left_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    process = multiprocessing.get_context("spawn").Process(target=int)
+    process.start()
+    process.join()
+    (tmp_path / f"emrrg-images-{process.pid}-x.cache").write_bytes(b"left")
+    (tmp_path / f"emrrg-images-{os.getpid()}-x.cache").write_bytes(b"in use")
+    (tmp_path / "other.cache").write_bytes(b"not ours")
+    cache = ImageCache(32)
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {cache.path.name, f"emrrg-images-{os.getpid()}-x.cache", "other.cache"}
+
+
 class Pictures(Dataset[tuple[int, int, int]]):
     """Gives each image's sum, and whether it had to be decoded."""
 
