@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -317,8 +318,8 @@ def memory(config: AuditConfig, decoder: DecoderConfig) -> dict[str, Any]:
             embeds = torch.empty(
                 config.batch_size, tokens, decoder.hidden_size, dtype=DTYPES[config.llm_dtype]
             )
-            whole = kept_bytes(model, lambda m=model, i=images, e=embeds: step(m, config, i, e))
-            vision = kept_bytes(model, lambda m=model, i=images: step(m, config, i, None))
+            whole = kept_bytes(model, partial(step, model, config, images, embeds))
+            vision = kept_bytes(model, partial(step, model, config, images, None))
             trainable = [p for p in model.parameters() if p.requires_grad]
             row = {
                 "trainable": sum(p.numel() for p in trainable),

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from emrrg.checkpoint import load_encoder, read_released_checkpoint
-from emrrg.config import PROMPT, ModelConfig, TrainConfig
+from emrrg.checkpoint import load_released, read_released_checkpoint
+from emrrg.config import PROMPT, ModelConfig, TrainConfig, flag
 from emrrg.decoder import Decoder, DecoderConfig
 from emrrg.errors import InputError
-from emrrg.lora import merge_lora
+from emrrg.lora import add_lora, merge_lora
 from emrrg.model import ReportGenerator
-from emrrg.runs import load_run
+from emrrg.peft import PeftSettings, active_methods, merge_peft
+from emrrg.runs import llm_dtype, load_run, read_checkpoint, read_model_config
 from emrrg.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from emrrg.vision import VISION_PRESETS
+
+log = logging.getLogger("emrrg.train")
 
 
 def check_fit(config: TrainConfig) -> None:
@@ -27,50 +31,69 @@ def check_fit(config: TrainConfig) -> None:
         InputError: in the words of the flags.
     """
     trained = config.init is not None or (config.vision_checkpoint and config.llm)
-    if config.regime == "peft" and not trained:
+    if config.regime in ("peft", "linear-probe") and not trained:
+        what = {
+            "peft": "adapts trained weights",
+            "linear-probe": "trains the projector between trained weights",
+        }[config.regime]
         raise InputError(
-            "--regime peft: adapts trained weights, and there are none: give --init RUN, or "
+            f"--regime {config.regime}: {what}, and there are none: give --init RUN, or "
             "--vision-checkpoint FILE with --llm FOLDER, or train whole with --regime full"
         )
-    if config.regime == "linear-probe" and not trained:
-        raise InputError(
-            "--regime linear-probe: trains the projector between trained weights, and there are "
-            "none: give --init RUN, or --vision-checkpoint FILE with --llm FOLDER"
-        )
+    if config.regime == "full" and config.llm_int8:
+        raise InputError("--llm-int8: int8 weights cannot train; --regime full trains everything")
+    if config.peft and config.regime != "peft":
+        raise InputError(f"--peft: its methods train under --regime peft, not {config.regime}")
     if config.init is not None:
         for name in ("vision_checkpoint", "llm", "tokenizer", "preset", "image_size"):
             if getattr(config, name) is not None:
-                raise InputError(f"--{name.replace('_', '-')}: comes with --init already")
+                raise InputError(f"{flag(name)}: comes with --init already")
 
 
-def build_model(config: TrainConfig, reports: Sequence[str]) -> ReportGenerator:
-    """Build the model that the flags describe, on the CPU.
+def image_size_of(config: TrainConfig) -> int:
+    """Pixels a side that the flags lead to, without reading any weights."""
+    if config.init is not None:
+        return read_model_config(Path(config.init)).image_size
+    return config.image_size or VISION_PRESETS[config.preset or "base"]["image_size"]
+
+
+def build_model(
+    config: TrainConfig, reports: Sequence[str], device: torch.device
+) -> ReportGenerator:
+    """Build the model that the flags describe.
 
     Args:
         config: training flags, presets filled in.
         reports: training reports, for a tokenizer of our own.
+        device: where the weights go.
     Raises:
         InputError: a weight file or folder that cannot be used.
     """
     if config.init is not None:
-        return from_run(config)
+        return from_run(config, Path(config.init)).to(device)
     released = None
+    vision = dict(VISION_PRESETS[config.preset or "tiny"])
     if config.vision_checkpoint is not None:
         released = read_released_checkpoint(config.vision_checkpoint)
-    preset = config.preset or (released.size if released else None) or "tiny"
-    if released and released.size not in (None, preset):
-        raise InputError(
-            f"--preset {preset}: --vision-checkpoint {config.vision_checkpoint} is {released.size}"
-        )
-    vision = dict(VISION_PRESETS[preset])
+        if config.preset not in (None, released.size):
+            raise InputError(
+                f"--preset {config.preset}: --vision-checkpoint {config.vision_checkpoint} is "
+                f"{released.size or 'of another size'}"
+            )
+        vision = {**VISION_PRESETS.get(released.size or "", {}), **released.vision}
+        vision["image_size"] = image_size_of(config)
     if config.image_size is not None:
         vision["image_size"] = config.image_size
 
     tokenizer = find_tokenizer(config, reports)
-    decoder = None
     if config.llm is not None:
-        dtype = torch.bfloat16 if config.device != "cpu" and torch.cuda.is_available() else None
-        decoder = Decoder.from_pretrained(config.llm, dtype=dtype)
+        trains = config.regime == "full"
+        decoder = Decoder.from_pretrained(
+            config.llm,
+            dtype=torch.float32 if trains else llm_dtype(device),
+            device=device,
+            int8=config.llm_int8,
+        )
         if tokenizer.vocab_size > decoder.config.vocab_size:
             raise InputError(
                 f"--tokenizer: {tokenizer.vocab_size} pieces, but --llm {config.llm} has "
@@ -79,60 +102,79 @@ def build_model(config: TrainConfig, reports: Sequence[str]) -> ReportGenerator:
     else:
         decoder = Decoder(small_decoder(config, tokenizer, vision["image_size"]))
     add_hybrid_layers(config, decoder)
+    if released is not None and released.hybrid_layers:
+        decoder.add_hybrid_layers(released.hybrid_layers, gate=config.hybrid_gate)
     model = ReportGenerator(
         ModelConfig(
             **vision,
             decoder=decoder.config.to_dict(),
             llm=str(Path(config.llm).resolve()) if config.llm else None,
-            **adapter_fields(config),
+            llm_int8=config.llm_int8,
             prompt=PROMPT,
-            max_report_tokens=config.max_report_tokens,
-            blind=config.blind,
         ),
         tokenizer,
         decoder,
     )
-    if released:
-        load_encoder(model.visual_encoder, released.tensors)
-    return model
+    if released is not None:
+        if released.lora:
+            add_lora(
+                model,
+                released.lora["targets"],
+                rank=released.lora["rank"],
+                scale=released.lora["scale"],
+            )
+        report = load_released(model, released)
+        for note in report.notes:
+            log.info("%s: %s", config.vision_checkpoint, note)
+        if released.lora:  # part of the base from now on
+            merge_lora(model, reversible=False)
+    model.adapt(adapted(config, model))
+    return model.to(device)
 
 
-def from_run(config: TrainConfig) -> ReportGenerator:
+def from_run(config: TrainConfig, run: Path) -> ReportGenerator:
     """The model of an earlier run, its adapters merged, new adapters and hybrid layers added."""
-    assert config.init is not None
-    earlier = load_run(config.init)
-    if earlier.config.lora_targets:
-        merge_lora(earlier)
-    decoder = earlier.llama_model
-    if not decoder.config.hybrid_layers:
-        add_hybrid_layers(config, decoder)
-    model = ReportGenerator(
-        dataclasses.replace(
-            earlier.config,
-            decoder=decoder.config.to_dict(),
-            **adapter_fields(config),
-            max_report_tokens=config.max_report_tokens,
-            blind=config.blind,
-        ),
-        earlier.tokenizer,
-        decoder,
+    model = load_run(run)
+    trained = read_checkpoint(run, "best").weights
+    llm_trained = any(
+        name.startswith("llama_model.") and ".cross_attn." not in name for name in trained
     )
-    mine = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, parameter in earlier.named_parameters():
-            if name in mine and mine[name] is not parameter:
-                mine[name].copy_(parameter)
+    if model.config.llm is not None and llm_trained:
+        # Its folder no longer holds what the model's decoder is.
+        model.config = dataclasses.replace(model.config, llm=None)
+    merge_lora(model, reversible=False)
+    merge_peft(model, reversible=False)
+    model.visual_encoder.peft_bias = False  # the biases are the base's again
+    if not model.llama_model.config.hybrid_layers:
+        add_hybrid_layers(config, model.llama_model)
+    model.adapt(adapted(config, model))
     return model
 
 
-def adapter_fields(config: TrainConfig) -> dict[str, object]:
-    """The adapters that the regime trains: only `peft` has any."""
-    return {
-        "lora_targets": config.lora_targets if config.regime == "peft" else (),
-        "lora_rank": config.lora_rank,
-        "lora_scale": config.lora_scale,
-        "lora_dropout": config.lora_dropout,
-    }
+def adapted(config: TrainConfig, model: ReportGenerator) -> ModelConfig:
+    """The model's configuration with what the flags add: adapters (only `peft` trains any).
+
+    Methods that could not be merged away stay, and keep their sizes.
+    """
+    peft = config.regime == "peft"
+    kept = tuple(active_methods(model))
+    settings = model.config.peft_settings
+    if not kept:
+        flags = dataclasses.asdict(config)
+        names = [f.name for f in dataclasses.fields(PeftSettings) if f.name in flags]
+        settings = dataclasses.asdict(PeftSettings(**{name: flags[name] for name in names}))
+    return dataclasses.replace(
+        model.config,
+        decoder=model.llama_model.config.to_dict(),
+        lora_targets=config.lora_targets if peft else (),
+        lora_rank=config.lora_rank,
+        lora_scale=config.lora_scale,
+        lora_dropout=config.lora_dropout,
+        peft=(*kept, *(m for m in config.peft if peft and m not in kept)),
+        peft_settings=settings,
+        max_report_tokens=config.max_report_tokens,
+        blind=config.blind,
+    )
 
 
 def add_hybrid_layers(config: TrainConfig, decoder: Decoder) -> None:
@@ -174,5 +216,3 @@ def find_tokenizer(config: TrainConfig, reports: Sequence[str]) -> Tokenizer:
     with tempfile.TemporaryDirectory() as folder:
         corpus = [*reports, *(part for part in PROMPT for _ in range(8))]
         return train_tokenizer(corpus, config.vocab_size, Path(folder) / "tokenizer.model")
-
-

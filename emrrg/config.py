@@ -29,7 +29,10 @@ ConfigT = TypeVar("ConfigT")
 LORA_TARGETS = (
     "X", "Z", "dt_in", "B", "C", "in_proj", "out_proj", "x_proj", "dt_proj", "patch_embed", "llm",
 )  # fmt: skip
-REGIMES = ("peft", "full", "encoder", "linear-probe")
+PEFT_METHODS = (
+    "additional-scan", "affix", "affix-projected", "bias", "delta-A", "delta-D", "delta-conv1d",
+    "delta-bias", "parallel-adapter", "prompt", "prompt-projected",
+)  # fmt: skip
 
 PROMPT = (
     "Human: <Img>",
@@ -56,7 +59,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _PAPER = {
     "lr": 1e-4, "min_lr": 1e-6, "weight_decay": 0.01, "decay_all": True, "schedule": "epoch-cosine",
-    "warmup_steps": 0, "grad_clip": 0.0, "seed": 42,
+    "warmup_steps": 0, "grad_clip": 0.0, "seed": 42, "bucket": False,
     "repetition_penalty": 2.0, "length_penalty": 2.0,
 }  # fmt: skip
 for _name in ("iu_xray", "mimic_cxr", "chexpert_plus"):
@@ -91,6 +94,8 @@ class TrainConfig:
     """Phantoms recipe: epochs of stage (a)."""
     source_lr: float = 2e-3
     """Phantoms recipe: learning rate of stage (a)."""
+    source_steps: int | None = None
+    """Phantoms recipe: stop stage (a) after this many steps."""
 
     preset: Literal["tiny", "base", "large", "huge"] | None = None
     """Size of the vision Mamba [default: tiny, or what --vision-checkpoint holds]."""
@@ -106,6 +111,8 @@ class TrainConfig:
     """Released encoder weights (.pth, or a converted folder or .safetensors)."""
     llm: str | None = None
     """Hugging Face folder of a Llama-style model; without it a small decoder is trained."""
+    llm_int8: bool = False
+    """Hold the linear weights of the --llm in int8, frozen: a quarter of fp32's memory."""
     tokenizer: str | None = None
     """Tokenizer file [default: the --llm folder's, or one trained on the training reports]."""
     vocab_size: int = 768
@@ -126,6 +133,19 @@ class TrainConfig:
     """Scale s of the adapters (no alpha / r)."""
     lora_dropout: float = 0.1
     """Dropout on the rank-r product."""
+    peft: tuple[str, ...] = ()
+    """Further methods beside LoRA, separated by commas: additional-scan, affix, affix-projected,
+    bias, delta-A, delta-D, delta-conv1d, delta-bias, parallel-adapter, prompt, prompt-projected."""
+    extra_states: int = 6
+    """additional-scan: further states a channel."""
+    affix_tokens: int = 3
+    """affix: tokens of each layer and scan order."""
+    prompt_tokens: int = 8
+    """prompt: tokens beside the image's."""
+    adapter_dim: int = 32
+    """parallel-adapter: its width."""
+    adapter_scale: float = 0.1
+    """parallel-adapter: its scale."""
     hybrid_every: int | None = None
     """Every k-th decoder layer from 0 cross-attends to the image; 0 for none [default: 8; 2 for the
     small decoder]."""
@@ -143,7 +163,14 @@ class TrainConfig:
     max_steps: int | None = None
     """Stop after this many optimizer steps."""
     batch_size: int = 16
-    """Studies a step."""
+    """Studies that a process takes through the model at once; a step takes --accumulate times as
+    many in each process."""
+    auto_batch: bool = False
+    """Find the largest batch that fits before training, and train with it (at most 512)."""
+    accumulate: int = 1
+    """Batches whose gradients make one optimizer step."""
+    bucket: bool = True
+    """Put reports of like length into a batch (in a random order that the seed decides)."""
     lr: float = 1e-4
     """Peak learning rate."""
     min_lr: float = 1e-6
@@ -160,6 +187,15 @@ class TrainConfig:
     """Largest gradient norm; 0 for no clipping."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast type; auto is bf16 on CUDA and fp32 on the CPU."""
+    compile: bool = False
+    """Compile the encoder's blocks and the decoder's layers with torch.compile."""
+    checkpointing: bool = False
+    """Keep only each encoder block's input and recompute the rest in the backward pass."""
+    cache_features: bool = True
+    """Where the encoder is frozen and bare of adapters: encode each training image once, if the
+    features take less than 2 GiB."""
+    shard_llm: bool = False
+    """Several processes: shard the frozen --llm over them (FSDP2) where it does not fit on one."""
     max_report_tokens: int = 100
     """Longer reports are cut to this many tokens in training (the end mark is kept)."""
 
@@ -178,6 +214,12 @@ class TrainConfig:
     eval_every: int = 1
     """Validate by generation every so many epochs (and at the last); 0 for never: then the last
     weights are the best."""
+    select_bleu4: float = 0.8
+    """Weight of BLEU-4 in the score by which the best weights are chosen."""
+    select_cider: float = 0.2
+    """Weight of CIDEr in it."""
+    patience: int = 0
+    """Stop after this many validations without a better score; 0: never."""
     protocol: Literal["full", "r2gen", "r2gengpt"] = "full"
     """Scoring protocol: full references, or a peer's truncation."""
 
@@ -199,6 +241,13 @@ class TrainConfig:
     """Steps between checkpoints (and at every epoch's end)."""
     bad_steps: int = 10
     """Stop after this many steps in a row whose loss is not finite."""
+    bad_images: Literal["fail", "skip"] = "fail"
+    """What a broken image does: end the run, or be named, counted and left out."""
+    dry_run: bool = False
+    """Build everything, run two steps and one generation, print what they took, and leave
+    nothing."""
+    tensorboard: bool = False
+    """Also write the curves for TensorBoard (the extra `tensorboard`)."""
 
     def __post_init__(self) -> None:
         if self.dataset not in (None, "phantoms"):
@@ -212,11 +261,15 @@ class TrainConfig:
                 raise InputError(
                     f"--lora-targets: {target!r} is not one of {', '.join(LORA_TARGETS)}"
                 )
+        for method in self.peft:
+            if method not in PEFT_METHODS:
+                raise InputError(f"--peft: {method!r} is not one of {', '.join(PEFT_METHODS)}")
         for name in (
             "epochs", "batch_size", "eval_batch_size", "lora_rank", "vocab_size", "decoder_dim",
             "decoder_layers", "decoder_heads", "max_report_tokens", "beams", "max_new_tokens",
-            "log_every", "save_every", "bad_steps", "source_studies", "source_epochs", "threads",
-            "max_steps", "train_studies", "val_studies", "test_studies",
+            "log_every", "save_every", "bad_steps", "source_studies", "source_epochs", "threads", "source_steps",
+            "max_steps", "train_studies", "val_studies", "test_studies", "accumulate",
+            "extra_states", "affix_tokens", "prompt_tokens", "adapter_dim",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -226,7 +279,7 @@ class TrainConfig:
                 raise InputError(f"{flag(name)}: {getattr(self, name)} is not above 0")
         for name in (
             "min_lr", "weight_decay", "grad_clip", "warmup_steps", "min_new_tokens", "eval_every",
-            "workers", "hybrid_every",
+            "workers", "hybrid_every", "patience", "select_bleu4", "select_cider",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value >= 0:
@@ -247,6 +300,8 @@ class TrainConfig:
             )
         if self.hybrid_every is not None and self.hybrid_layers is not None:
             raise InputError("--hybrid-every and --hybrid-layers: give one of them")
+        if self.llm_int8 and self.llm is None and self.init is None:
+            raise InputError("--llm-int8: needs --llm, the small decoder trains in full precision")
 
 
 @dataclass(frozen=True)
@@ -269,6 +324,8 @@ class ModelConfig:
     """Fields of `emrrg.decoder.DecoderConfig`."""
     llm: str | None = None
     """Folder that the decoder's frozen weights are read from; None: they are stored with the run."""
+    llm_int8: bool = False
+    """Whether they are held in int8."""
     lora_targets: tuple[str, ...] = ()
     """Targets of Partial LoRA; none: no adapters."""
     lora_rank: int = 16
@@ -277,6 +334,10 @@ class ModelConfig:
     """Scale of the adapters."""
     lora_dropout: float = 0.1
     """Dropout on the rank-r product."""
+    peft: tuple[str, ...] = ()
+    """Further methods of `emrrg.peft`."""
+    peft_settings: dict[str, Any] = field(default_factory=dict)
+    """Fields of `emrrg.peft.PeftSettings`."""
     prompt: tuple[str, str] = PROMPT
     """Text before and after the image tokens."""
     max_report_tokens: int = 100

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,12 +15,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from emrrg.config import TrainConfig
-from emrrg.data.dataset import Studies, batches
+from emrrg.data.dataset import Labels, Studies, batches, even_batches
 from emrrg.data.images import normalize
+from emrrg.distributed import World
+from emrrg.errors import InputError
 from emrrg.metrics import score_reports
-from emrrg.metrics.clinical import label_report, score_labels
+from emrrg.metrics.clinical import LABELER, label_report, score_labels
 from emrrg.model import ReportGenerator
 from emrrg.runs import generation_of, write_json
+
+SAMPLES = 8  # studies shown in samples.md
 
 
 @dataclass(frozen=True)
@@ -55,26 +57,41 @@ def write_reports(
     config: TrainConfig,
     device: torch.device,
     label: str = "generating",
-) -> tuple[list[str], list[str]]:
-    """Generate a report for every study.
+    world: World | None = None,
+) -> tuple[list[str], list[str], list[str]]:
+    """Generate a report for every study, each in exactly one process.
 
     Returns:
-        The ids and the reports, in the data set's order.
+        The ids and the reports in the data set's order, the same in every process; and what could
+        not be read, one line each (with ``bad_images`` "skip"; those studies have the report "").
     """
+    world = world or World()
     model.eval()
-    ids: list[str] = []
-    reports: list[str] = []
-    bar = tqdm(total=len(studies), desc=label, leave=False, disable=not sys.stderr.isatty())
-    with bar:
-        for batch in batches(studies, config.eval_batch_size, workers=config.workers or 0):
-            images = normalize(batch.images.to(device))
-            with autocast(device, config.precision):
-                reports += model.generate_batch(
-                    images, batch.view_mask.to(device), generation_of(config)
-                )
-            ids += batch.ids
-            bar.update(len(batch.ids))
-    return ids, reports
+    mine = list(range(len(studies)))[world.rank :: world.size]
+    plan = [[mine[i] for i in part] for part in even_batches(len(mine), config.eval_batch_size)]
+    written: dict[int, tuple[str, str]] = {}
+    failures: list[str] = []
+    hidden = not sys.stderr.isatty() or not world.is_main
+    with tqdm(total=len(mine), desc=label, leave=False, disable=hidden) as bar:
+        skip = config.bad_images == "skip"
+        for batch in batches(studies, plan, workers=config.workers or 0, skip_bad=skip):
+            failures += batch.failures
+            if batch.ids:
+                images = normalize(batch.images.to(device))
+                with autocast(device, config.precision):
+                    reports = model.generate_batch(
+                        images, batch.view_mask.to(device), generation_of(config)
+                    )
+                for index, name, report in zip(batch.indices, batch.ids, reports, strict=True):
+                    written[index] = (name, report)
+            bar.update(len(batch.ids) + len(batch.failures))
+    everything: dict[int, tuple[str, str]] = {}
+    unread: list[str] = []
+    for part, lines in world.gather((written, failures)):
+        everything |= part
+        unread += lines
+    pairs = [everything.get(i, ("", "")) for i in range(len(studies))]
+    return [name for name, _ in pairs], [report for _, report in pairs], unread
 
 
 def evaluate_model(
@@ -87,6 +104,7 @@ def evaluate_model(
     meteor: bool = True,
     bootstrap: int = 0,
     label: str = "generating",
+    world: World | None = None,
 ) -> Evaluation:
     """Generate reports for a data set and score them.
 
@@ -99,11 +117,23 @@ def evaluate_model(
         meteor: whether METEOR (a Java process of some seconds) is wanted.
         bootstrap: resamples for the intervals; 0 for none.
         label: what the progress bar says.
+        world: the processes that share the work; None: this one alone.
+    Returns:
+        The same in every process. The scores of `emrrg.metrics.score_reports`, and "clinical" of
+        `emrrg.metrics.clinical.score_labels`: the project's labeler on the reports, against the
+        labels that the data set knows, or else against the labeler's on the references.
+    Raises:
+        InputError: no study could be read.
     """
     started = time.perf_counter()
-    ids, hypotheses = write_reports(model, studies, config, device, label)
+    ids, hypotheses, failures = write_reports(model, studies, config, device, label, world)
     seconds = time.perf_counter() - started
-    references = studies.reports()
+    kept = [i for i, name in enumerate(ids) if name]
+    if not kept:
+        raise InputError(f"no study of this split could be read; the first: {failures[0]}")
+    ids, hypotheses = [ids[i] for i in kept], [hypotheses[i] for i in kept]
+    reports, labels = studies.reports(), studies.labels()
+    references, known = [reports[i] for i in kept], [labels[i] for i in kept]
     scores = score_reports(
         hypotheses,
         references,
@@ -114,12 +144,121 @@ def evaluate_model(
         meteor="auto" if meteor else "off",
         train_reports=train_reports,
     )
-    truth = [true_labels(studies, i) for i in range(len(references))]
-    source = "drawn" if config.dataset == "phantoms" else "labeler, on the references"
+    truth, source = true_labels(references, known)
     scores["clinical"] = clinical_scores(hypotheses, truth, source, bootstrap, config.seed)
     scores["reports_per_second"] = len(hypotheses) / max(seconds, 1e-9)
+    scores["unreadable"] = failures
     if train_reports is not None:
         constant = scores["baselines"]["constant"]
         same = [constant["report"]] * len(references)
         constant["clinical"] = clinical_scores(same, truth, source, bootstrap, config.seed)
     return Evaluation(scores, ids, hypotheses, references)
+
+
+def true_labels(
+    references: Sequence[str], known: Sequence[Labels | None]
+) -> tuple[list[Labels], str]:
+    """The labels to score against, and where they come from."""
+    if all(labels is not None for labels in known):
+        return [labels or {} for labels in known], f"{LABELER}; references: the data set's labels"
+    return [label_report(report) for report in references], f"{LABELER}; references: the same"
+
+
+def clinical_scores(
+    hypotheses: Sequence[str], truth: Sequence[Labels], source: str, bootstrap: int, seed: int
+) -> dict[str, Any]:
+    """Findings of generated reports against the true ones."""
+    labels = [label_report(report) for report in hypotheses]
+    return score_labels(labels, truth, bootstrap=bootstrap, seed=seed, source=source)
+
+
+def headline(scores: Mapping[str, Any]) -> dict[str, float | None]:
+    """The few scores of a line or a curve, under the names that people read."""
+    names = {"BLEU_4": "BLEU-4", "METEOR": "METEOR", "ROUGE_L": "ROUGE-L", "CIDEr": "CIDEr"}
+    line = {shown: scores.get(name) for name, shown in names.items()}
+    return {**line, "finding F1": scores["clinical"]["findings"]["micro"]["f1"]}
+
+
+def format_scores(scores: Mapping[str, Any]) -> str:
+    """Scores on one line."""
+    return "  ".join(f"{n} {v:.3f}" for n, v in headline(scores).items() if v is not None)
+
+
+def score_table(scores: Mapping[str, Any]) -> str:
+    """All scores as a table: value, 95 % interval, and the constant report's beside it."""
+    rows: list[tuple[str, float | None, Sequence[float] | None, float | None]] = []
+    constant = scores["baselines"].get("constant", {})
+    for name in ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr"):
+        interval = scores["intervals"].get(name)
+        rows.append((name.replace("_", "-"), scores[name], interval, constant.get(name)))
+    for title, kind in (("finding", "findings"), ("14 observations", "all"), ("5", "five")):
+        for average in ("micro", "macro", "example"):
+            interval = scores["clinical"]["intervals"].get(kind, {}).get(average, {}).get("f1")
+            value = scores["clinical"][kind][average]["f1"]
+            base = constant.get("clinical")
+            rows.append(
+                (f"{title} F1, {average}", value, interval, base and base[kind][average]["f1"])
+            )
+    lines = [f"{'':<26}{'score':>8}   {'95 % interval':<18}{'constant report':>16}"]
+    for name, value, interval, base in rows:
+        score = f"{value:8.3f}" if value is not None else f"{'-':>8}"
+        span = f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
+        other = f"{base:16.3f}" if base is not None else ""
+        lines.append(f"{name:<26}{score}   {span:<18}{other}".rstrip())
+    lines.append(
+        f"{scores['pairs']} studies, protocol {scores['protocol']}, tokenization "
+        f"{scores['tokenization']}; uncertain counts as {scores['clinical']['uncertain']}; "
+        f"labels: {scores['clinical']['labeler']}"
+    )
+    lines += [f"{name}: not computed ({why})" for name, why in scores["missing"].items()]
+    if scores["unreadable"]:
+        lines.append(f"{len(scores['unreadable'])} studies could not be read and were left out")
+    return "\n".join(lines)
+
+
+def selection_score(scores: Mapping[str, Any], config: TrainConfig) -> float:
+    """What the best weights are chosen by (SPEC section 4: 0.8 BLEU-4 + 0.2 CIDEr)."""
+    return config.select_bleu4 * scores["BLEU_4"] + config.select_cider * scores["CIDEr"]
+
+
+def write_predictions(path: Path, result: Evaluation) -> None:
+    """One object a study: id, generated report, reference."""
+    rows = [
+        {"id": name, "hypothesis": hypothesis, "reference": reference}
+        for name, hypothesis, reference in zip(
+            result.ids, result.hypotheses, result.references, strict=True
+        )
+    ]
+    write_json(path, rows)
+
+
+def write_samples(folder: Path, result: Evaluation, studies: Studies, title: str) -> None:
+    """Write ``samples.md``: some studies with image, reference and generated report.
+
+    The pictures lie in ``samples/``; studies are taken evenly over the data set.
+    """
+    (folder / "samples").mkdir(exist_ok=True)
+    count = min(SAMPLES, len(result.ids))
+    by_id = {name: i for i, name in enumerate(result.ids)}
+    lines = [f"# Samples: {title}", ""]
+    shown = 0
+    for index in range(0, len(studies), max(1, len(studies) // count)):
+        try:
+            study = studies[index]
+        except InputError:
+            continue
+        if study.id not in by_id or shown == count:
+            continue
+        shown += 1
+        i = by_id[study.id]
+        name = f"samples/{title}-{shown}.png"
+        views = torch.cat(list(study.images), dim=2).permute(1, 2, 0).numpy()
+        Image.fromarray(views).save(folder / name)
+        synthetic = " (synthetic)" if study.findings or study.id.startswith("phantom") else ""
+        lines += [
+            f"## {study.id}{synthetic}", "", f"![{study.id}]({name})", "",
+            f"**reference**: {result.references[i]}", "",
+            f"**generated**: {result.hypotheses[i]}", "",
+        ]  # fmt: skip
+    lines.append("Generated text, for research only: not a diagnosis.")
+    (folder / "samples.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

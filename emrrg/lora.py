@@ -30,13 +30,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from emrrg.config import LORA_TARGETS
 from emrrg.errors import InputError
 from emrrg.int8 import Int8Linear
 from kernels.lora_linear import LoraSlice, lora_linear
 
-LORA_TARGETS = (
-    "X", "Z", "dt_in", "B", "C", "in_proj", "out_proj", "x_proj", "dt_proj", "patch_embed", "llm",
-)  # fmt: skip
 DIRECTIONS = ("", "_b", "_c", "_c_b")  # suffixes of the four scan orders' parameters
 
 
@@ -126,14 +124,15 @@ class AdaptableLayer(nn.Module):
         )
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self, reversible: bool = True) -> None:
         """W <- W + s B A in fp32, rounded once to W's dtype; W is kept aside for `unmerge`."""
         adapters = self.adapters()
         if not adapters:
             return
         if self._merged is not None:
             raise InputError("LoRA: its layer holds merged adapters already; unmerge first")
-        self._merged = (adapters, self.weight.detach().clone())
+        if reversible:
+            self._merged = (adapters, self.weight.detach().clone())
         weight = self.weight.detach().flatten(1).float()
         for name, adapter in adapters.items():
             weight[adapter.rows] += adapter.update().to(weight.device)
@@ -174,7 +173,7 @@ class AdaptableInt8Linear(AdaptableLayer, Int8Linear):
             out = out + F.pad(added, (a.start, self.out_features - a.rows.stop))
         return out
 
-    def merge(self) -> None:
+    def merge(self, reversible: bool = True) -> None:
         """Refused: int8 would round the update away."""
         raise InputError(
             "LoRA: adapters cannot be merged into int8 weights; load the model in fp32"
@@ -341,18 +340,22 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def merge_lora(model: nn.Module) -> None:
+def merge_lora(model: nn.Module, *, reversible: bool = True) -> None:
     """Fold every adapter into its weight, for evaluation and export.
 
     The sum is computed in fp32 and rounded once to the weight's dtype: exact to rounding in fp32,
     while half precision rounds small updates away (convert the model to fp32 first). The adapters
     leave the module tree, so the merged model's state dict is the plain model's.
 
+    Args:
+        model: holds the adapters.
+        reversible: keep them and the weights as they were for `unmerge_lora`; False: the merged
+            weights are the base from now on, and new adapters may be added.
     Raises:
         InputError: merged already, or the weights are int8.
     """
     for _, layer in adaptable_layers(model):
-        layer.merge()
+        layer.merge(reversible)
 
 
 def unmerge_lora(model: nn.Module) -> None:

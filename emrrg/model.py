@@ -30,6 +30,7 @@ from emrrg.data.images import load_image, normalize
 from emrrg.decoder import Decoder, DecoderConfig
 from emrrg.generation import GenerationConfig, generate
 from emrrg.lora import add_lora
+from emrrg.peft import PeftSettings, active_methods, adapter_parameter_names, add_peft
 from emrrg.tokenizer import Tokenizer
 from emrrg.vision import VisionMamba
 
@@ -57,6 +58,8 @@ class ReportGenerator(nn.Module):
         decoder: a decoder that is loaded already; None builds one with random weights.
     """
 
+    feature_mean: Tensor
+
     def __init__(
         self, config: ModelConfig, tokenizer: Tokenizer, decoder: Decoder | None = None
     ) -> None:
@@ -78,20 +81,37 @@ class ReportGenerator(nn.Module):
         hidden = decoder.config.hidden_size
         self.llama_proj = nn.Linear(config.dim, hidden)
         self.layer_norm = nn.LayerNorm(hidden)
-        if config.blind:
-            tokens = (config.image_size // config.patch_size) ** 2 + 1
-            self.register_buffer("feature_mean", torch.zeros(tokens, config.dim))
-        if config.lora_targets:
-            add_lora(
-                self,
-                config.lora_targets,
-                rank=config.lora_rank,
-                scale=config.lora_scale,
-                dropout=config.lora_dropout,
-            )
+        self.adapt(config)
         ids_before, ids_after = (tokenizer.encode(part) for part in config.prompt)
         self._ids_before = [tokenizer.bos_id, *ids_before]
         self._ids_after = ids_after
+
+    def adapt(self, config: ModelConfig) -> None:
+        """Add the adapters and the control that a configuration names, and make it the model's."""
+        self.config = config
+        if config.blind:
+            tokens = self.visual_encoder.num_patches + 1
+            zeros = torch.zeros(tokens, config.dim, device=self.device)
+            self.register_buffer("feature_mean", zeros)
+        elif hasattr(self, "feature_mean"):
+            del self.feature_mean
+        add_lora(
+            self,
+            config.lora_targets,
+            rank=config.lora_rank,
+            scale=config.lora_scale,
+            dropout=config.lora_dropout,
+        )
+        there = active_methods(self)
+        methods = [method for method in config.peft if method not in there]
+        add_peft(self, methods, PeftSettings(**config.peft_settings))
+
+    def train(self, mode: bool = True) -> ReportGenerator:
+        """As `nn.Module.train`; an encoder of which nothing trains drops no paths."""
+        super().train(mode)
+        if not any(p.requires_grad for p in self.visual_encoder.parameters()):
+            self.visual_encoder.eval()
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +142,11 @@ class ReportGenerator(nn.Module):
 
     def encode(self, images: Tensor, view_mask: Tensor) -> EncodedBatch:
         """Images to the decoder's input up to the prompt's end; arguments as `features`."""
-        vis = self.project(self.features(images, view_mask))
+        return self.prefix(self.features(images, view_mask))
+
+    def prefix(self, features: Tensor) -> EncodedBatch:
+        """Image features (B, P+1, D) to the decoder's input up to the prompt's end."""
+        vis = self.project(features)
         before, after = (
             self.llama_model.embed(torch.tensor(ids, device=vis.device)).expand(len(vis), -1, -1)
             for ids in (self._ids_before, self._ids_after)
@@ -132,17 +156,27 @@ class ReportGenerator(nn.Module):
         text_mask[:, before.shape[1] : before.shape[1] + vis.shape[1]] = False
         return EncodedBatch(embeds, vis, text_mask)
 
-    def forward(self, images: Tensor, view_mask: Tensor, report_ids: Tensor) -> Tensor:
+    def forward(
+        self,
+        images: Tensor | None,
+        view_mask: Tensor | None,
+        report_ids: Tensor,
+        features: Tensor | None = None,
+    ) -> Tensor:
         """The training loss.
 
         Args:
-            images: (B, V, 3, S, S) float, normalised.
-            view_mask: (B, V) bool.
+            images: (B, V, 3, S, S) float, normalised; None where features are given.
+            view_mask: (B, V) bool; None where features are given.
             report_ids: (B, R) int64: report, end mark, then `IGNORED` to the right.
+            features: (B, P+1, D) of `features`, where they are known already.
         Returns:
             () fp32: cross-entropy averaged over report tokens, the end mark included.
         """
-        prefix = self.encode(images, view_mask)
+        if features is None:
+            assert images is not None and view_mask is not None
+            features = self.features(images, view_mask)
+        prefix = self.prefix(features)
         inputs = report_ids[:, :-1].clamp(min=0)  # what is ignored as a label is never seen either
         report = self.llama_model.embed(inputs).to(prefix.embeds.dtype)
         embeds = torch.cat([prefix.embeds, report], dim=1)
@@ -156,10 +190,14 @@ class ReportGenerator(nn.Module):
         Returns:
             (B, R) int64 on the CPU.
         """
-        limit = self.config.max_report_tokens
-        rows = [[*self.tokenizer.encode(r)[:limit], self.tokenizer.eos_id] for r in reports]
+        rows = [self.report_row(report) for report in reports]
         width = max(map(len, rows), default=1)
         return torch.tensor([row + [IGNORED] * (width - len(row)) for row in rows])
+
+    def report_row(self, report: str) -> list[int]:
+        """Ids of one report: cut to `max_report_tokens`, then the end mark."""
+        limit = self.config.max_report_tokens
+        return [*self.tokenizer.encode(report)[:limit], self.tokenizer.eos_id]
 
     @torch.inference_mode()
     def generate_batch(
@@ -225,12 +263,14 @@ def set_regime(model: ReportGenerator, regime: str) -> list[str]:
     Returns:
         Names of the trainable parameters.
     """
-    hybrid = {f"llama_model.{name}" for name in model.llama_model.hybrid_parameter_names()}
+    decoder = getattr(model, "llama_model", None)
+    hybrid = {f"llama_model.{n}" for n in decoder.hybrid_parameter_names()} if decoder else set()
+    adapters = set(adapter_parameter_names(model))
     trained = []
     for name, parameter in model.named_parameters():
         projector = name.startswith(("llama_proj.", "layer_norm."))
         wanted = {
-            "peft": projector or name in hybrid or is_adapter(name),
+            "peft": projector or name in hybrid or name in adapters,
             "full": True,
             "encoder": projector or name in hybrid or name.startswith("visual_encoder."),
             "linear-probe": projector,
@@ -241,8 +281,3 @@ def set_regime(model: ReportGenerator, regime: str) -> list[str]:
         if wanted:
             trained.append(name)
     return trained
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter belongs to an adapter, by its name."""
-    return ".lora_" in name or name.startswith("lora_")

@@ -33,14 +33,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from emrrg.config import PEFT_METHODS
 from emrrg.errors import InputError
 from emrrg.lora import DIRECTIONS, adaptable_layers
 from emrrg.vision import CONV_WIDTH, Mixer, VisionMamba
-
-PEFT_METHODS = (
-    "additional-scan", "affix", "affix-projected", "bias", "delta-A", "delta-D", "delta-conv1d",
-    "delta-bias", "parallel-adapter", "prompt", "prompt-projected",
-)  # fmt: skip
 
 # Weight decay of a method's parameters as a multiple of the run's (MambaPEFT's vision recipes);
 # the extra states' A_log does not decay, as in Mamba itself.
@@ -298,13 +294,16 @@ def decay_multiplier(name: str) -> float:
 
 
 @torch.no_grad()
-def merge_peft(model: nn.Module) -> list[str]:
+def merge_peft(model: nn.Module, *, reversible: bool = True) -> list[str]:
     """Fold what can be folded: deltas into the base, projected tokens into plain tokens.
 
     In fp32 the merged model computes bit for bit what it computed before; a base in half precision
     rounds each sum once. The deltas leave the module tree, so that what remains of them is a plain
     model's parameters.
 
+    Args:
+        model: holds the methods.
+        reversible: keep the deltas and the base as it was for `unmerge_peft`.
     Returns:
         The methods that stay, because the base has no place for them.
     """
@@ -314,7 +313,9 @@ def merge_peft(model: nn.Module) -> list[str]:
             delta = getattr(mixer, name)
             if delta is None:
                 continue
-            mixer.merged_deltas[name] = (delta, [place.detach().clone() for place in places])
+            if reversible:
+                before = [place.detach().clone() for place in places]
+                mixer.merged_deltas[name] = (delta, before)
             for place, change in zip(places, delta, strict=True):
                 place.copy_(place.float() + change.view_as(place))
             setattr(mixer, name, None)

@@ -5,17 +5,19 @@
     runs/x/base/weights.safetensors  what did not train (but not the weights of an --llm folder)
     runs/x/base/tokenizer.model
     runs/x/checkpoints/step-000200/  weights.safetensors (what trains), optimizer.safetensors,
-                                     state.json
+                                     state.json, checksums.json
     runs/x/checkpoints/index.json    which of them are `last` and `best`; replaced atomically
     runs/x/metrics.jsonl  curves.png  samples.md  scores.json  predictions.json
 
 A checkpoint is written under a temporary name, flushed to disk, and renamed; the index names it
-only then. A kill at any moment leaves the previous checkpoint whole.
+only then. A kill at any moment, or a full disk, leaves the previous checkpoint whole. Only the last
+and the best are kept. Checksums (SHA-256) are compared when a folder is read.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -28,7 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from emrrg.checkpoint import write_safetensors
+from emrrg.checkpoint import sync_folder, write_safetensors
 from emrrg.config import ModelConfig, TrainConfig, from_dict, read_json, to_dict
 from emrrg.decoder import Decoder
 from emrrg.errors import InputError
@@ -37,6 +39,7 @@ from emrrg.model import ReportGenerator
 from emrrg.tokenizer import load_tokenizer
 
 Which = Literal["best", "last"]
+CHECKSUMS = "checksums.json"
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,10 @@ def save_base(run: Path, model: ReportGenerator, trained: Iterable[str]) -> None
         if name not in trained and not _stays_in_llm_folder(model, name)
     }
     write_safetensors(base / "weights.safetensors", frozen, {"format": "emrrg"})
-    model.tokenizer.save(base)
+    tokenizer = model.tokenizer.save(base)
+    write_checksums(base, ["weights.safetensors", tokenizer.name])
     config = dataclasses.replace(model.config, decoder=model.llama_model.config.to_dict())
-    write_json(base / "model.json", to_dict(config))
+    write_json(base / "model.json", to_dict(config))  # last: it says that the rest is there
 
 
 def save_checkpoint(
@@ -86,29 +90,69 @@ def save_checkpoint(
     *,
     best: bool,
 ) -> None:
-    """Write a checkpoint, make it the last (and the best), and prune what neither names."""
+    """Write a checkpoint, make it the last (and the best), and prune what neither names.
+
+    Raises:
+        InputError: it cannot be written, the disk being full for instance; the checkpoint before it
+            is whole, and still the last.
+    """
     folder = run / "checkpoints" / f"step-{step:06d}"
     temporary = folder.with_name(f".{folder.name}.tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-    write_safetensors(temporary / "weights.safetensors", dict(weights), {"format": "emrrg"})
-    write_safetensors(temporary / "optimizer.safetensors", dict(optimizer), {"format": "emrrg"})
-    write_json(temporary / "state.json", dict(state))
-    index = read_index(run)
-    if folder.exists():  # the same step again, after a resume: its weights are the same
-        aside = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(folder, aside)
-    os.rename(temporary, folder)
-    _flush_folder(folder.parent)
-    index["last"] = folder.name
-    if best or "best" not in index:
-        index["best"] = folder.name
-    write_json(run / "checkpoints" / "index.json", index)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write_safetensors(temporary / "weights.safetensors", dict(weights), {"format": "emrrg"})
+        write_safetensors(temporary / "optimizer.safetensors", dict(optimizer), {"format": "emrrg"})
+        write_json(temporary / "state.json", dict(state))
+        write_checksums(temporary, ["weights.safetensors", "optimizer.safetensors", "state.json"])
+        index = read_index(run)
+        if folder.exists():  # the same step again, after a resume: its weights are the same
+            aside = folder.with_name(f".{folder.name}.old")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
+        os.rename(temporary, folder)
+        sync_folder(folder.parent)
+        index["last"] = folder.name
+        if best or "best" not in index:
+            index["best"] = folder.name
+        write_json(run / "checkpoints" / "index.json", index)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(
+            f"{folder}: cannot be written ({error.strerror or error}); the checkpoint before it is "
+            f"whole; make room and go on with --resume {run}"
+        ) from error
     for other in folder.parent.iterdir():
         if other.is_dir() and other.name not in (index["last"], index["best"]):
             shutil.rmtree(other, ignore_errors=True)
+
+
+def write_checksums(folder: Path, names: Iterable[str]) -> None:
+    """Write SHA-256 sums of files beside them."""
+    write_json(folder / CHECKSUMS, {name: _sha256(folder / name) for name in names})
+
+
+def verify_checksums(folder: Path) -> None:
+    """Compare the files of a folder with their checksums, where there are any.
+
+    Raises:
+        InputError: a file is missing or has changed (the message names it).
+    """
+    if not (folder / CHECKSUMS).exists():
+        return
+    for name, expected in read_json(folder / CHECKSUMS).items():
+        if not (folder / name).exists():
+            raise InputError(f"{folder / name}: is missing, though {CHECKSUMS} names it")
+        if _sha256(folder / name) != expected:
+            raise InputError(f"{folder / name}: is damaged, its checksum differs from {CHECKSUMS}")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def mark_finished(run: Path) -> None:
@@ -138,6 +182,7 @@ def read_checkpoint(run: Path, which: Which) -> Checkpoint:
         if not aside.is_dir():
             raise InputError(f"{folder}: is missing, though checkpoints/index.json names it")
         folder = aside
+    verify_checksums(folder)
     return Checkpoint(
         folder, read_json(folder / "state.json"), read_tensors(folder / "weights.safetensors")
     )
@@ -175,13 +220,9 @@ def load_run(
             file and the first tensor).
     """
     run = Path(path)
-    if not (run / "base" / "model.json").exists():
-        hint = "no such folder" if not run.exists() else "holds no base/model.json"
-        raise InputError(f"{run}: is not a run folder ({hint})")
-    config = from_dict(
-        ModelConfig, read_json(run / "base" / "model.json"), str(run / "base" / "model.json")
-    )
+    config = read_model_config(run)
     checkpoint = read_checkpoint(run, which)
+    verify_checksums(run / "base")
     tokenizer = load_tokenizer(run / "base")
     decoder = None
     if config.llm is not None:
@@ -189,7 +230,9 @@ def load_run(
             config.llm,
             hybrid_layers=config.decoder.get("hybrid_layers", ()),
             hybrid_gate=config.decoder.get("hybrid_gate", "token"),
+            dtype=llm_dtype(device),
             device=device,
+            int8=config.llm_int8,
         )
     model = ReportGenerator(config, tokenizer, decoder)
     base_file = run / "base" / "weights.safetensors"
@@ -200,6 +243,19 @@ def load_run(
     load_state(model, {**base, **checkpoint.weights}, sources)
     model.generation = generation_of(read_run_config(run))
     return model.to(device).eval()
+
+
+def read_model_config(run: Path) -> ModelConfig:
+    """What a run's model is built from.
+
+    Raises:
+        InputError: not a run folder, or one that was stopped before its model was built.
+    """
+    path = run / "base" / "model.json"
+    if not path.exists():
+        hint = "no such folder" if not run.exists() else "holds no base/model.json"
+        raise InputError(f"{run}: is not a run folder ({hint})")
+    return from_dict(ModelConfig, read_json(path), str(path))
 
 
 def load_state(
@@ -219,9 +275,9 @@ def load_state(
                 f"{sources[name]}: tensor {name} has shape {tuple(tensor.shape)}, the model "
                 f"expects {tuple(state[name].shape)}"
             )
+    where = next(iter(sources.values()), "the run folder")
     for name in state:
         if name not in tensors and not _stays_in_llm_folder(model, name):
-            where = next(iter(sources.values()), "the run folder")
             raise InputError(f"{where}: tensor {name} of the model is missing")
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -256,15 +312,9 @@ def _stays_in_llm_folder(model: ReportGenerator, name: str) -> bool:
     """Whether a frozen tensor is read from the --llm folder rather than from the run."""
     if model.config.llm is None or not name.startswith("llama_model."):
         return False
-    own = model.llama_model.hybrid_parameter_names()
-    return name.removeprefix("llama_model.") not in own and ".lora_" not in name
+    return ".cross_attn." not in name and ".lora_" not in name
 
 
-def _flush_folder(folder: Path) -> None:
-    """Make a rename durable (POSIX)."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def llm_dtype(device: str | torch.device) -> torch.dtype:
+    """The type that a frozen language model is held in: bf16 on CUDA, fp32 on the CPU."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32

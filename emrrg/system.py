@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from emrrg.errors import InputError
+from kernels.implementations import choose
 
 
 def pick_device(name: str) -> torch.device:
@@ -25,7 +26,9 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device: {name!r} is not auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device: {name} is not there ({torch.cuda.device_count()} CUDA devices)")
+        raise InputError(
+            f"--device: {name} is not there ({torch.cuda.device_count()} CUDA devices)"
+        )
     return device
 
 
@@ -45,3 +48,26 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trainable, sum(p.numel() for p in model.parameters())
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that may still be taken: of the CUDA device, or of the machine (Linux; else None)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def describe_device(device: torch.device) -> str:
+    """Device, threads, and the implementation of the scan that runs there."""
+    kernel = choose(None, device, torch.float32, "selective_scan")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return f"{name} ({device}), torch {torch.__version__}, kernels: {kernel}"
+    return (
+        f"CPU with {torch.get_num_threads()} threads, torch {torch.__version__}, kernels: {kernel}"
+    )

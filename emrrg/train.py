@@ -3,7 +3,8 @@
 Without arguments it runs the whole mission in small, on synthetic phantoms: (a) a tiny model is
 trained whole on one synthetic hospital, which stands for the pre-trained model; (b) it is frozen
 and adapted by Partial LoRA and hybrid layers to another hospital. With ``--dataset`` it trains on
-real data. A run that was stopped goes on with ``--resume RUN``.
+real data. A run that was stopped goes on with ``--resume RUN``; ``torchrun --nproc-per-node 8 -m
+emrrg.train ...`` spreads it over GPUs.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import random
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,17 +22,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from emrrg.building import build_model, check_fit
 from emrrg.config import RECIPES, TrainConfig, flag, parse_config, run_command, to_dict
-from emrrg.data.dataset import Batch, Studies, batches, epoch_order
+from emrrg.data.dataset import batches, epoch_steps
 from emrrg.data.images import normalize
-from emrrg.data.loading import load_studies
+from emrrg.distributed import World, joined, local_device
+from emrrg.engine import (
+    Session,
+    prepare,
+    read_steps,
+    restore,
+    save,
+    seed_everything,
+    studies_a_step,
+    training_step,
+)
 from emrrg.errors import InputError
 from emrrg.evaluation import (
-    Evaluation,
     autocast,
     evaluate_model,
     format_scores,
@@ -39,25 +46,24 @@ from emrrg.evaluation import (
     write_predictions,
     write_samples,
 )
-from emrrg.jsonl import append_row, read_rows, write_rows
-from emrrg.model import ReportGenerator, set_regime
+from emrrg.optim import learning_rate, set_lr
 from emrrg.plots import plot_curves
+from emrrg.progress import Progress, clock
 from emrrg.runs import (
+    generation_of,
     load_run,
     mark_finished,
-    read_checkpoint,
     read_index,
     read_json,
     read_run_config,
-    read_tensors,
-    save_base,
-    save_checkpoint,
     state_of,
     write_json,
 )
-from emrrg.system import describe_system, memory_bytes, pick_device
+from emrrg.system import describe_device, memory_bytes, parameter_counts, pick_device
 
 log = logging.getLogger("emrrg.train")
+
+INTERVALS = 1000  # resamples behind the intervals of the final scores
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,14 +80,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, given = parse_config(TrainConfig, argv, "emrrg.train", suggest)
     if config.resume is not None:
         config = resumed(Path(config.resume), given)
-    run = run_folder(config)
-    if config.resume is None:
-        config = dataclasses.replace(config, output=str(run))
-        write_json(run / "config.json", to_dict(config))
-    if config.recipe == "phantoms" and config.init is None:
-        finished = train_phantoms(config, run)
-    else:
-        finished = train(config, run)
+    device = local_device(pick_device(config.device))
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    with joined(device) as world:
+        if not world.is_main:
+            log.setLevel(logging.ERROR)
+        if config.dry_run:
+            dry_run(config, device, world)
+            return 0
+        run = Path(world.gather(str(run_folder(config)) if world.is_main else "")[0])
+        if config.resume is None:
+            config = dataclasses.replace(config, output=str(run))
+            if world.is_main:
+                write_json(run / "config.json", to_dict(config))
+        if config.recipe == "phantoms" and config.init is None:
+            finished = train_phantoms(config, run, device, world)
+        else:
+            finished = train(config, run, device, world)
     if not finished:
         log.info("interrupted; go on with: python -m emrrg.train --resume %s", run)
         return 130
@@ -156,423 +172,204 @@ def run_folder(config: TrainConfig) -> Path:
     return run
 
 
-def train_phantoms(config: TrainConfig, run: Path) -> bool:
-    """The two stages of the default run, each of which goes on where it was stopped."""
-    source_run = run / "source"
-    source = dataclasses.replace(
+def source_stage(config: TrainConfig) -> TrainConfig:
+    """Stage (a) of the phantoms recipe: everything trains, on the source hospital."""
+    return dataclasses.replace(
         config,
         recipe=None,
         dataset="phantoms",
         domain="source",
         regime="full",
         lora_targets=(),
+        peft=(),
         hybrid_every=0,
         hybrid_layers=None,
         train_studies=config.source_studies,
         epochs=config.source_epochs,
         lr=config.source_lr,
         eval_every=0,
-        output=str(source_run),
-        resume=str(source_run) if (source_run / "config.json").exists() else None,
+        max_steps=config.source_steps,
     )
-    log.info("(a) %s: train the whole model on source phantoms (synthetic images)", source_run)
-    if not read_index(source_run).get("finished"):
-        source_run.mkdir(exist_ok=True)
-        write_json(source_run / "config.json", to_dict(source))
-        if not train(source, source_run):
+
+
+def train_phantoms(config: TrainConfig, run: Path, device: torch.device, world: World) -> bool:
+    """The two stages of the default run, each of which goes on where it was stopped."""
+    folder = run / "source"
+    source = dataclasses.replace(source_stage(config), output=str(folder))
+    log.info("(a) %s: train the whole model on source phantoms (synthetic images)", folder)
+    if not read_index(folder).get("finished"):
+        if world.is_main:
+            folder.mkdir(exist_ok=True)
+            write_json(folder / "config.json", to_dict(source))
+        world.wait()
+        if not train(source, folder, device, world):
             return False
     log.info("\n(b) %s: adapt it to target phantoms (%s)", run, config.regime)
-    return train(dataclasses.replace(config, init=str(source_run)), run)
+    adapt = dataclasses.replace(
+        config, init=str(folder), preset=None, image_size=None, tokenizer=None
+    )
+    return train(adapt, run, device, world)
 
 
-def train(config: TrainConfig, run: Path) -> bool:
+def train(config: TrainConfig, run: Path, device: torch.device, world: World) -> bool:
     """Train one model from its first step, or its last checkpoint, to the final scores.
 
     Args:
         config: the flags, presets filled in.
         run: the run's folder.
+        device: of this process.
+        world: the processes of the run.
     Returns:
         False if a signal stopped the run (its state is saved), True when it is done.
     """
-    device = pick_device(config.device)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    seed_everything(config.seed)
     started = time.monotonic()
-
     resuming = "last" in read_index(run)
+    session = prepare(config, run, device, world, resuming)
+    config = session.config
+    count, size = len(session.studies["train"]), studies_a_step(config, world)
+    steps_an_epoch = math.ceil(count / size)
+    total_steps = config.epochs * steps_an_epoch
+    total_steps = min(total_steps, config.max_steps or total_steps)
+    progress = Progress(run, config, total_steps, steps_an_epoch, quiet=not world.is_main)
     if resuming:
-        model = load_run(run, device=device, which="last")
-        studies = load_studies(config, model.config.image_size)
+        restore(run, session, progress)
     else:
-        check_fit(config)
-        studies = load_studies(config, None)
-        model = build_model(config, studies["train"].reports()).to(device)
-    trained = set_regime(model, config.regime or "full")
-    parameters = {n: p for n, p in model.named_parameters() if n in set(trained)}
-    optimizer = build_optimizer(config, parameters)
-    total_steps = steps_in_all(config, len(studies["train"]))
-    progress = Progress(run, config, total_steps)
-    if resuming:
-        restore(run, parameters, optimizer, progress)
-    else:
-        if config.blind:
-            set_feature_mean(model, studies["train"], config, device)
-        save_base(run, model, trained)
-        seed_everything(config.seed + 1)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    for line in describe_system(model, device, config):
-        log.info("%s", line)
+        seed_everything(config.seed + 1 + world.rank)
+    summarise(session, total_steps)
+    before = scored_before(run, session) if config.init is not None else None
 
-    before = None
-    if config.init is not None:
-        before = scored_once(run / "scores_before.json", model, studies, config, device, run)
-
+    ids = session.studies["train"].ids()
+    lengths = [len(row) for row in session.rows]
+    stopping = False
     with progress, stop_on_signals() as stopped:
-        while progress.epoch < config.epochs and progress.step < total_steps:
-            order = epoch_order(len(studies["train"]), config.seed, progress.epoch)
-            for batch in batches(
-                studies["train"],
-                config.batch_size,
-                order=order,
-                skip=progress.batch,
-                workers=data_workers(config, device),
-            ):
-                set_lr(optimizer, learning_rate(config, progress.step, total_steps))
-                loss = training_step(model, batch, optimizer, scaler, parameters, config, device)
-                progress.advance(batch, loss, optimizer.param_groups[0]["lr"])
+        while progress.epoch < config.epochs and progress.step < total_steps and not stopping:
+            steps = epoch_steps(
+                lengths, size, seed=config.seed, epoch=progress.epoch, bucket=config.bucket
+            )[progress.batch :]
+            reader = read_steps(session, steps)
+            for studies in steps:
+                lr = learning_rate(config, progress.step, total_steps)
+                set_lr(session.optimizer, lr)
+                loss, failures, stop = training_step(session, studies, reader, stopped)
+                progress.unreadable(failures)
+                names = [ids[i] for i in studies]
+                progress.advance(names, loss, lr, sum(lengths[i] for i in studies))
                 if progress.bad_steps >= config.bad_steps:
-                    save(run, progress, parameters, optimizer)
+                    save(run, session, progress)
                     raise InputError(
                         f"--lr: the loss was not finite for {progress.bad_steps} steps in a row "
-                        f"(studies {', '.join(batch.ids[:4])}, ...); the state before them is in "
+                        f"(studies {', '.join(names[:4])}, ...); the state before them is in "
                         f"{run}; try a smaller --lr or --precision fp32"
                     )
-                done = progress.step >= total_steps
-                if progress.step % config.save_every == 0 or stopped():
-                    save(run, progress, parameters, optimizer)
-                if stopped():
+                if progress.step % config.save_every == 0 or stop:
+                    save(run, session, progress)
+                if stop:
                     return False
-                if done:
+                if progress.step >= total_steps:
                     break
             progress.next_epoch()
-            best = validate(model, studies, config, device, progress, run, total_steps)
-            save(run, progress, parameters, optimizer, best=best)
-            plot_curves(run / "metrics.jsonl", run / "curves.png")
+            pause = time.monotonic()
+            best = validate(session, progress, run, total_steps)
+            stopping = 0 < config.patience <= progress.waited
+            if stopping:
+                progress.say(f"stopped: no better score in {progress.waited} validations")
+            save(run, session, progress, best=best)
+            if world.is_main:
+                plot_curves(run / "metrics.jsonl", run / "curves.png")
+            progress.pause(time.monotonic() - pause)
 
-    finish(run, studies, config, device, before, time.monotonic() - started)
+    finish(run, session, before, time.monotonic() - started)
     return True
 
 
-def training_step(
-    model: ReportGenerator,
-    batch: Batch,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    parameters: Mapping[str, Tensor],
-    config: TrainConfig,
-    device: torch.device,
-) -> float:
-    """One optimizer step; a loss or gradient that is not finite changes nothing.
-
-    Returns:
-        The loss (nan or inf where the step was skipped).
-    """
-    model.train()
-    images = normalize(batch.images.to(device, non_blocking=True))
-    report_ids = model.report_ids(batch.reports).to(device)
-    with autocast(device, config.precision):
-        loss = model(images, batch.view_mask.to(device), report_ids)
-    optimizer.zero_grad(set_to_none=True)
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        return value
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    limit = config.grad_clip or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), limit)
-    if not torch.isfinite(norm) and not scaler.is_enabled():
-        return math.nan
-    scaler.step(optimizer)
-    scaler.update()
-    return value
+def summarise(session: Session, total_steps: int) -> None:
+    """What trains, from where, on which device."""
+    config, model = session.config, session.model
+    trainable, total = parameter_counts(model)
+    encoder = sum(p.numel() for p in model.visual_encoder.parameters())
+    log.info("device: %s", describe_device(session.device))
+    if session.world.size > 1:
+        log.info("processes: %d", session.world.size)
+    start = config.init or config.vision_checkpoint or "random weights"
+    log.info(
+        "model: encoder %s, language model %s parameters, from %s",
+        f"{encoder:,}", f"{sum(p.numel() for p in model.llama_model.parameters()):,}", start,
+    )  # fmt: skip
+    adapters = [*model.config.lora_targets, *model.config.peft]
+    log.info(
+        "trains: %s of %s parameters (%.2f %%), regime %s%s",
+        f"{trainable:,}", f"{total:,}", 100 * trainable / total, config.regime,
+        f", adapters {', '.join(adapters)}" if adapters else "",
+    )  # fmt: skip
+    sizes = ", ".join(f"{len(part)} {name}" for name, part in session.studies.items())
+    log.info(
+        "data: %s studies (%s); %d steps of %d studies, %d epochs",
+        sizes, config.dataset, total_steps, studies_a_step(config, session.world), config.epochs,
+    )  # fmt: skip
 
 
-def build_optimizer(
-    config: TrainConfig, parameters: Mapping[str, Tensor]
-) -> torch.optim.Optimizer:
-    """AdamW; norms, biases, A_log, D, embeddings of position and class decay only if asked."""
-    groups: dict[bool, list[Tensor]] = {True: [], False: []}
-    for name, parameter in parameters.items():
-        groups[config.decay_all or decays(name, parameter)].append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": members, "weight_decay": config.weight_decay if decayed else 0.0}
-            for decayed, members in groups.items()
-            if members
-        ],
-        lr=config.lr,
-        betas=(0.9, 0.999),
-        fused=True,
-    )
-
-
-def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay belongs on a parameter: matrices and filters, and nothing else."""
-    state_space = ("A_log", "A_b_log", "A_c_log", "A_c_b_log", "cls_token", "pos_embed")
-    return parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in state_space
-
-
-def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
-    """Linear warm-up, then a cosine to `min_lr`, stepped every step or (the paper) every epoch."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    if config.schedule == "epoch-cosine":
-        steps_an_epoch = math.ceil(total_steps / config.epochs)
-        done = (step // steps_an_epoch) / config.epochs
-    floor = min(config.min_lr, config.lr)
-    return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group the same learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def steps_in_all(config: TrainConfig, studies: int) -> int:
-    """Optimizer steps of the whole run."""
-    steps = config.epochs * math.ceil(studies / config.batch_size)
-    return min(steps, config.max_steps or steps)
-
-
-def data_workers(config: TrainConfig, device: torch.device) -> int:
-    """Processes that read images: as asked; none for phantoms (they are in memory) or the CPU."""
-    if config.workers is not None:
-        return config.workers
-    return 0 if config.dataset == "phantoms" or device.type == "cpu" else 8
-
-
-class Progress:
-    """Where the run stands: counters, the log, the bar, `metrics.jsonl`."""
-
-    def __init__(self, run: Path, config: TrainConfig, total_steps: int) -> None:
-        self.path = run / "metrics.jsonl"
-        self.log_every = config.log_every
-        self.total_steps = total_steps
-        self.step = self.epoch = self.batch = self.samples = self.bad_steps = 0
-        self.best_score = -math.inf
-        self._window: list[float] = []
-        self._window_samples = 0
-        self._first_step = 0
-
-    def __enter__(self) -> Progress:
-        self._bar = tqdm(
-            total=self.total_steps,
-            initial=self.step,
-            unit="step",
-            disable=not sys.stderr.isatty(),
-            dynamic_ncols=True,
-        )
-        self._first_step = self.step
-        self._started = self._window_started = time.monotonic()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def advance(self, batch: Batch, loss: float, lr: float) -> None:
-        """Count one step; every `log_every` steps write a line."""
-        self.step += 1
-        self.batch += 1
-        self.samples += len(batch.ids)
-        self._window_samples += len(batch.ids)
-        if math.isfinite(loss):
-            self.bad_steps = 0
-            self._window.append(loss)
-        else:
-            self.bad_steps += 1
-            self.say(f"step {self.step}: the loss is {loss}; skipped ({', '.join(batch.ids)})")
-            self.write({"step": self.step, "skipped": batch.ids})
-        self._bar.update()
-        if self.step % self.log_every and self.step != self.total_steps:
-            return
-        now = time.monotonic()
-        rate = self._window_samples / max(1e-9, now - self._window_started)
-        mean = sum(self._window) / len(self._window) if self._window else math.nan
-        pace = (now - self._started) / max(1, self.step - self._first_step)
-        eta = pace * (self.total_steps - self.step)
-        memory = memory_bytes() / 2**30
-        self._bar.set_postfix_str(f"loss {mean:.3f}, lr {lr:.1e}, {rate:.0f} studies/s")
-        if self._bar.disable:
-            log.info(
-                "step %d/%d  loss %.3f  lr %.2e  %.1f studies/s  %.2f GiB  ETA %d:%02d",
-                self.step, self.total_steps, mean, lr, rate, memory, *divmod(int(eta), 60),
-            )  # fmt: skip
-        row = {"step": self.step, "epoch": self.epoch, "loss": mean, "lr": lr}
-        self.write({**row, "studies_per_second": rate, "memory_gib": memory})
-        self._window, self._window_samples, self._window_started = [], 0, now
-
-    def next_epoch(self) -> None:
-        """An epoch is over."""
-        self.epoch += 1
-        self.batch = 0
-
-    def say(self, text: str) -> None:
-        """A line that does not tear the bar."""
-        tqdm.write(text, file=sys.stdout)
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Append to `metrics.jsonl`."""
-        append_row(self.path, row)
-
-    def state(self) -> dict[str, Any]:
-        """What a resumed run needs."""
-        names = ("step", "epoch", "batch", "samples", "bad_steps")
-        score = self.best_score if math.isfinite(self.best_score) else None
-        return {**{n: getattr(self, n) for n in names}, "best_score": score}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go back to a saved state, and drop the log lines that came after it."""
-        for name, value in state.items():
-            if name != "best_score":
-                setattr(self, name, value)
-        self.best_score = -math.inf if state["best_score"] is None else state["best_score"]
-        if self.path.exists():
-            write_rows(self.path, [r for r in read_rows(self.path) if r["step"] <= self.step])
-
-
-def save(
-    run: Path,
-    progress: Progress,
-    parameters: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    *,
-    best: bool = False,
-) -> None:
-    """Write a checkpoint of everything that the run's future depends on."""
-    names = {id(p): n for n, p in parameters.items()}
-    moments = {
-        f"{names[id(p)]}:{key}": value
-        for p, values in optimizer.state.items()
-        for key, value in values.items()
-    }
-    moments["rng:cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        moments["rng:cuda"] = torch.cuda.get_rng_state()
-    save_checkpoint(run, progress.step, parameters, moments, progress.state(), best=best)
-
-
-def restore(
-    run: Path,
-    parameters: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-) -> None:
-    """Read back what `save` wrote; the weights are in the model already."""
-    checkpoint = read_checkpoint(run, "last")
-    tensors = read_tensors(checkpoint.folder / "optimizer.safetensors")
-    for name, parameter in parameters.items():
-        values = {
-            key.rsplit(":", 1)[1]: value.to(parameter.device if value.ndim else "cpu")
-            for key, value in tensors.items()
-            if key.rsplit(":", 1)[0] == name
-        }
-        if values:
-            optimizer.state[parameter] = values
-    torch.set_rng_state(tensors["rng:cpu"])
-    if "rng:cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng:cuda"])
-    progress.restore(checkpoint.state)
-    log.info("going on from step %d", progress.step)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed torch and Python."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-
-
-@torch.no_grad()
-def set_feature_mean(
-    model: ReportGenerator, studies: Studies, config: TrainConfig, device: torch.device
-) -> None:
-    """The blind control: the mean of the encoder's features over the training images."""
-    encoder = model.visual_encoder.eval()
-    total = torch.zeros_like(model.feature_mean)
-    count = 0
-    for batch in batches(studies, config.eval_batch_size):
-        tokens = encoder(normalize(batch.images.to(device))[batch.view_mask.to(device)])
-        total += tokens.sum(0)
-        count += len(tokens)
-    model.feature_mean.copy_(total / count)
-
-
-def validate(
-    model: ReportGenerator,
-    studies: Mapping[str, Studies],
-    config: TrainConfig,
-    device: torch.device,
-    progress: Progress,
-    run: Path,
-    total_steps: int,
-) -> bool:
+def validate(session: Session, progress: Progress, run: Path, total_steps: int) -> bool:
     """Generate reports for the validation studies at the end of an epoch.
 
     Returns:
         Whether the weights are the best so far (always, where there is no validation).
     """
+    config, studies = session.config, session.studies["val"]
     last = progress.epoch >= config.epochs or progress.step >= total_steps
-    if not config.eval_every or not len(studies["val"]):
+    if not config.eval_every or not len(studies):
         return True
     if progress.epoch % config.eval_every and not last:
         return False
-    result = evaluate_model(model, studies["val"], config, device, meteor=False)
-    score = selection_score(result.scores)
+    result = evaluate_model(
+        session.model, studies, config, session.device, meteor=False, label="validating",
+        world=session.world,
+    )  # fmt: skip
+    score = selection_score(result.scores, config)
     progress.say(f"epoch {progress.epoch}: validation {format_scores(result.scores)}")
     progress.write({"step": progress.step, "epoch": progress.epoch, "val": result.brief()})
     best = score > progress.best_score
     progress.best_score = max(score, progress.best_score)
-    write_samples(run, result, studies["val"], "validation")
+    progress.waited = 0 if best else progress.waited + 1
+    if session.world.is_main:
+        write_samples(run, result, studies, "validation")
     return best
 
 
-def scored_once(
-    path: Path,
-    model: ReportGenerator,
-    studies: Mapping[str, Studies],
-    config: TrainConfig,
-    device: torch.device,
-    run: Path,
-) -> dict[str, Any]:
+def scored_before(run: Path, session: Session) -> dict[str, Any]:
     """Test scores before training; read back where a resumed run has them already."""
+    path = run / "scores_before.json"
     if path.exists():
         return read_json(path)
-    result = evaluate_model(model, studies["test"], config, device, name="before")
+    result = evaluate_model(
+        session.model, session.studies["test"], session.config, session.device,
+        label="before adaptation", bootstrap=INTERVALS, world=session.world,
+    )  # fmt: skip
     log.info("before adaptation: %s", format_scores(result.scores))
-    write_json(path, result.scores)
+    session.world.wait()
+    if session.world.is_main:
+        write_json(path, result.scores)
     return result.scores
 
 
-def finish(
-    run: Path,
-    studies: Mapping[str, Studies],
-    config: TrainConfig,
-    device: torch.device,
-    before: dict[str, Any] | None,
-    seconds: float,
-) -> None:
+def finish(run: Path, session: Session, before: dict[str, Any] | None, seconds: float) -> None:
     """Score the best weights on the test studies and write the results."""
-    model = load_run(run, device=device, which="best")
-    set_regime(model, config.regime or "full")
-    result: Evaluation = evaluate_model(
-        model, studies["test"], config, device, train_reports=studies["train"].reports()
+    config, studies = session.config, session.studies
+    trainable, total = parameter_counts(session.model)
+    model = load_run(run, device=session.device, which="best")
+    result = evaluate_model(
+        model,
+        studies["test"],
+        config,
+        session.device,
+        train_reports=studies["train"].reports(),
+        bootstrap=INTERVALS,
+        label="testing",
+        world=session.world,
     )
-    state = state_of(model)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    encoder = sum(p.numel() for n, p in state.items() if n.startswith("visual_encoder."))
+    session.world.wait()
+    if not session.world.is_main:
+        return
+    encoder = sum(p.numel() for n, p in state_of(model).items() if n.startswith("visual_encoder."))
     scores = {
         "after" if before else "test": result.scores,
         **({"before": before} if before else {}),
@@ -583,6 +380,8 @@ def finish(
             "encoder": encoder,
         },
         "seconds": seconds,
+        "peak_memory_bytes": memory_bytes(),
+        "device": describe_device(session.device),
         "synthetic": config.dataset == "phantoms",
     }
     write_json(run / "scores.json", scores)
@@ -594,13 +393,49 @@ def finish(
     if before:
         log.info("test before: %s", format_scores(before))
     log.info("test%s: %s", " after" if before else "", format_scores(result.scores))
-    if "baselines" in result.scores:
-        constant = result.scores["baselines"]["constant"]
-        log.info("constant report: %s", format_scores(constant))
+    log.info("constant report: %s", format_scores(result.scores["baselines"]["constant"]))
     log.info(
-        "trained %s of %s parameters (%.2f %%) in %.0f s; results in %s",
-        f"{trainable:,}", f"{total:,}", 100 * trainable / total, seconds, run,
+        "trained %s of %s parameters (%.2f %%) in %s; results in %s",
+        f"{trainable:,}", f"{total:,}", 100 * trainable / total, clock(seconds), run,
     )  # fmt: skip
+
+
+def dry_run(config: TrainConfig, device: torch.device, world: World) -> None:
+    """Two steps and one generation in a folder that vanishes; what they took, and would take."""
+    if config.recipe == "phantoms" and config.init is None:
+        config = source_stage(config)
+    with tempfile.TemporaryDirectory() as folder:
+        session = prepare(config, Path(folder), device, world, resuming=False)
+        config = session.config
+        count, size = len(session.studies["train"]), studies_a_step(config, world)
+        steps_an_epoch = math.ceil(count / size)
+        summarise(session, config.epochs * steps_an_epoch)
+        lengths = [len(row) for row in session.rows]
+        # The same step twice: the first one also builds what is built once.
+        step = epoch_steps(lengths, size, seed=config.seed, epoch=0, bucket=config.bucket)[0]
+        reader = read_steps(session, [step, step])
+        times = []
+        for _ in range(2):
+            started = time.perf_counter()
+            loss, _, _ = training_step(session, step, reader, lambda: False)
+            times.append(time.perf_counter() - started)
+        part = next(batches(session.studies["train"], [step[: config.eval_batch_size]]))
+        started = time.perf_counter()
+        session.model.eval()
+        with autocast(device, config.precision):
+            written = session.model.generate_batch(
+                normalize(part.images.to(device)), part.view_mask.to(device), generation_of(config)
+            )
+        seconds = time.perf_counter() - started
+    epoch = times[1] * steps_an_epoch
+    log.info("dry run: loss %.3f; a step takes %.2f s (the first %.2f s)", loss, times[1], times[0])
+    log.info(
+        "an epoch of %d steps takes about %s, %d epochs %s (without validation); peak %.2f GiB",
+        steps_an_epoch, clock(epoch), config.epochs, clock(epoch * config.epochs),
+        memory_bytes() / 2**30,
+    )  # fmt: skip
+    rate = len(part.ids) / seconds
+    log.info("generation: %.1f reports/s; the first: %s", rate, written[0][:200] or "(empty)")
 
 
 @contextmanager

@@ -152,7 +152,8 @@ def test_a_run_is_converted_with_its_adapters(
 ) -> None:
     peft = pytest.importorskip("peft", reason="Hugging Face PEFT is not installed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    from emrrg.model import ReportGenerator, is_adapter
+    from emrrg.model import ReportGenerator
+    from emrrg.peft import adapter_parameter_names
     from emrrg.runs import save_base, save_checkpoint, write_json
     from emrrg.tokenizer import train_tokenizer
 
@@ -170,7 +171,7 @@ def test_a_run_is_converted_with_its_adapters(
         ),
         tokenizer,
     ).eval()  # fmt: skip
-    names = [n for n, _ in model.named_parameters() if is_adapter(n)]
+    names = adapter_parameter_names(model)
     awake(model, names)
     run = tmp_path / "run"
     run.mkdir()

@@ -1,15 +1,17 @@
 """Studies as batches: real records or phantoms behind one interface, in a resumable order.
 
 A data set is indexed; its items are `Study`. A batch is made of uint8 pixels, which are
-normalised on the device. The order of an epoch depends on the seed and the epoch's number alone,
-so a run can go on in the middle of one.
+normalised on the device. The steps of an epoch depend on the seed and the epoch's number alone, so
+a run can go on in the middle of one, and several processes can share the studies of a step without
+a word between them.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +26,8 @@ from emrrg.data.image_cache import ImageCache
 from emrrg.data.phantoms import Finding, draw_phantom, phantom_split
 from emrrg.data.records import Record
 from emrrg.errors import InputError
+
+Labels = dict[str, int | None]
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,16 @@ class Study:
 class Batch:
     """Several studies; a study with fewer views than the widest is padded."""
 
+    indices: list[int]
+    """Where the studies stand in the data set."""
     ids: list[str]
     images: Tensor
     """(B, V, 3, S, S) uint8."""
     view_mask: Tensor
     """(B, V) bool, True where there is a view."""
     reports: list[str]
+    failures: list[str] = field(default_factory=list)
+    """What could not be read, one line each; those studies are not in the batch."""
 
 
 class Studies(Protocol):
@@ -58,8 +66,20 @@ class Studies(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Study: ...
+    def ids(self) -> list[str]:
+        """Every study's name, without reading an image."""
+        ...
+
     def reports(self) -> list[str]:
         """Every report, without reading an image."""
+        ...
+
+    def labels(self) -> list[Labels | None]:
+        """Every study's true observations where they are known, without reading an image."""
+        ...
+
+    def attributes(self) -> list[Mapping[str, Any]]:
+        """What else is known of every study (view, sex, age, ...), without reading an image."""
         ...
 
 
@@ -87,8 +107,17 @@ class RecordStudies(Dataset[Study]):
         images = torch.stack(views).permute(0, 3, 1, 2).contiguous()
         return Study(record.id, images, record.report, record.labels, (), dict(record.attributes))
 
+    def ids(self) -> list[str]:
+        return [record.id for record in self.records]
+
     def reports(self) -> list[str]:
         return [record.report for record in self.records]
+
+    def labels(self) -> list[Labels | None]:
+        return [record.labels for record in self.records]
+
+    def attributes(self) -> list[Mapping[str, Any]]:
+        return [record.attributes for record in self.records]
 
 
 class PhantomStudies(Dataset[Study]):
@@ -114,7 +143,7 @@ class PhantomStudies(Dataset[Study]):
                 phantoms = list(pool.map(draw, indices, chunksize=32))
         else:
             phantoms = [draw(i) for i in indices]
-        self.ids = [f"phantom-{domain}-{seed}-{i}" for i in indices]
+        self._ids = [f"phantom-{domain}-{seed}-{i}" for i in indices]
         self.phantoms = phantoms
 
     def __len__(self) -> int:
@@ -125,26 +154,41 @@ class PhantomStudies(Dataset[Study]):
         grey = torch.from_numpy(phantom.image)
         images = grey.expand(1, 3, *grey.shape)
         return Study(
-            self.ids[index], images, phantom.report, dict(phantom.labels), phantom.findings
+            self._ids[index], images, phantom.report, dict(phantom.labels), phantom.findings
         )
+
+    def ids(self) -> list[str]:
+        return list(self._ids)
 
     def reports(self) -> list[str]:
         return [p.report for p in self.phantoms]
+
+    def labels(self) -> list[Labels | None]:
+        return [dict(p.labels) for p in self.phantoms]
+
+    def attributes(self) -> list[Mapping[str, Any]]:
+        return [{} for _ in self.phantoms]
 
 
 def _draw(index: int, *, domain: str, size: int, seed: int) -> Any:
     return draw_phantom(index, domain=domain, size=size, seed=seed)  # type: ignore[arg-type]
 
 
-def collate(studies: Sequence[Study | InputError]) -> Batch | InputError:
-    """Studies to a batch; the first error, if there is one, instead of a batch."""
-    good: list[Study] = []
-    for study in studies:
-        if isinstance(study, InputError):
-            return study
-        good.append(study)
-    images, view_mask = collate_views([s.images for s in good])
-    return Batch([s.id for s in good], images, view_mask, [s.report for s in good])
+def collate(items: Sequence[tuple[int, Study | InputError]]) -> Batch:
+    """Studies to a batch; what could not be read is named in it instead."""
+    good = [(index, study) for index, study in items if isinstance(study, Study)]
+    failures = [str(error) for _, error in items if isinstance(error, InputError)]
+    if not good:
+        return Batch([], [], torch.empty(0), torch.empty(0), [], failures)
+    images, view_mask = collate_views([study.images for _, study in good])
+    return Batch(
+        [index for index, _ in good],
+        [study.id for _, study in good],
+        images,
+        view_mask,
+        [study.report for _, study in good],
+        failures,
+    )
 
 
 def collate_views(studies: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -173,50 +217,96 @@ class _Guarded(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.studies)
 
-    def __getitem__(self, index: int) -> Study | InputError:
+    def __getitem__(self, index: int) -> tuple[int, Study | InputError]:
         try:
-            return self.studies[index]
+            return index, self.studies[index]
         except InputError as error:
-            return error
+            return index, error
 
 
 def epoch_order(length: int, seed: int, epoch: int) -> list[int]:
     """A permutation of the studies that depends on the seed and the epoch alone."""
-    generator = np.random.default_rng(np.random.SeedSequence([seed, epoch]))
-    return generator.permutation(length).tolist()
+    return _generator(seed, epoch).permutation(length).tolist()
+
+
+def epoch_steps(
+    lengths: Sequence[int], size: int, *, seed: int, epoch: int, bucket: bool
+) -> list[list[int]]:
+    """The studies of each optimizer step of an epoch, all processes together.
+
+    Args:
+        lengths: tokens of each study's report.
+        size: studies a step; the last one may have fewer.
+        seed: with `epoch`, decides the order.
+        epoch: its number.
+        bucket: sort within stretches of 16 steps by length, so that a batch pads little; the steps
+            then come in a random order, a last one that is not full staying the last.
+    Returns:
+        Every index once.
+    """
+    order = epoch_order(len(lengths), seed, epoch)
+    if bucket:
+        stretch = 16 * size
+        pieces = [order[i : i + stretch] for i in range(0, len(order), stretch)]
+        order = [i for piece in pieces for i in sorted(piece, key=lambda i: lengths[i])]
+    steps = [order[i : i + size] for i in range(0, len(order), size)]
+    if bucket:
+        full = len(steps) - (len(steps[-1]) < size)
+        shuffled = _generator(seed, epoch, 1).permutation(full)
+        steps = [steps[i] for i in shuffled] + steps[full:]
+    return steps
+
+
+def even_batches(count: int, size: int) -> list[list[int]]:
+    """The indices 0 ... count-1 as they stand, `size` at a time."""
+    return [list(range(i, min(i + size, count))) for i in range(0, count, size)]
 
 
 def batches(
     studies: Studies,
-    batch_size: int,
+    plan: Sequence[Sequence[int]],
     *,
-    order: Sequence[int] | None = None,
-    skip: int = 0,
     workers: int = 0,
-    finish: Callable[[Batch], Any] | None = None,
-) -> Iterator[Any]:
-    """Batches of a data set.
+    skip_bad: bool = False,
+) -> Iterator[Batch]:
+    """Read batches of a data set.
 
     Args:
         studies: the data set.
-        batch_size: studies a batch; the last one may be smaller.
-        order: indices in the order of visit; None: as they stand.
-        skip: leave out so many batches at the beginning (resuming).
+        plan: the studies of each batch.
         workers: processes that read images; 0: this one.
-        finish: applied to each batch.
+        skip_bad: leave out studies that cannot be read and name them in the batch's `failures`.
     Raises:
-        InputError: a study cannot be read (the message names its file).
+        InputError: a study cannot be read (the message names its file), or a reading process died.
     """
-    indices = list(range(len(studies))) if order is None else list(order)
-    starts = range(skip * batch_size, len(indices), batch_size)
     loader: DataLoader[Any] = DataLoader(
         _Guarded(studies),
-        batch_sampler=[indices[s : s + batch_size] for s in starts],
+        batch_sampler=[list(batch) for batch in plan],
         collate_fn=collate,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals if workers else None,
+        # Where there is none, a loader draws its seed from torch's own stream, once an epoch.
+        generator=torch.Generator(),
     )
-    for batch in loader:
-        if isinstance(batch, InputError):
-            raise batch
-        yield finish(batch) if finish else batch
+    try:
+        for batch in loader:
+            if batch.failures and not skip_bad:
+                raise InputError(batch.failures[0])
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            f"--workers: a process that reads images died ({str(error).splitlines()[0]}); "
+            "it may have run out of memory: try fewer, or --workers 0"
+        ) from error
+
+
+def _leave_signals(_worker: int) -> None:
+    """Ctrl-C reaches the whole process group; only the training process answers it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _generator(*numbers: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(list(numbers)))
