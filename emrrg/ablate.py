@@ -1,66 +1,200 @@
-"""Comparisons that need several trainings: ``python -m emrrg.ablate --study sight``.
+"""Comparisons that need several trainings: ``python -m emrrg.ablate --study cross-attention``.
 
-``sight`` asks whether the generated reports depend on the image. It trains the default system
-twice, once as it is and once *blind* (every image's features replaced by their mean over the
-training images), and compares the finding F1 of the reports on held-out phantoms. Every cell is
-one `python -m emrrg.train` in a process of its own; cells that are done are not run again.
+    sight            do the reports depend on the image? The default system as it is, and *blind*
+                     (every image's features replaced by their mean over the training images)
+    cross-attention  hybrid layers on and off x Partial LoRA on and off
+    rank             Partial LoRA's rank
+    share            quality against the share of parameters that train
+    peft             every LoRA target and every further method of `emrrg.peft`
+    dataset          adaptation to each data set: the phantoms' two hospitals, and your own (--data)
+
+Every cell but those of ``sight`` starts from one base, trained whole on source phantoms, and is
+adapted with several seeds; the seed decides the phantoms, the weights' start and the order. A cell
+is one `python -m emrrg.train` in a process of its own; what is done is not run again. The table
+gives mean and deviation over the seeds, and a paired bootstrap test of each cell against the first
+one on the test studies of all seeds.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from emrrg.config import parse_config, run_command
+from emrrg.config import (
+    LORA_TARGETS,
+    PEFT_METHODS,
+    TrainConfig,
+    parse_config,
+    run_command,
+    to_dict,
+)
 from emrrg.errors import InputError
+from emrrg.evaluation import headline
+from emrrg.metrics.clinical import compare_labels, label_report
+from emrrg.metrics.nlg import compare_reports
+from emrrg.plots import plot_ablation
+from emrrg.recipes import source_stage, suggest
 from emrrg.runs import read_index, read_json, write_json
 
 log = logging.getLogger("emrrg.ablate")
 
-# What each cell of a study adds to the flags of `emrrg.train`.
-STUDIES: dict[str, dict[str, list[str]]] = {"sight": {"seeing": [], "blind": ["--blind"]}}
+COLUMNS = ("finding F1", "BLEU-4", "ROUGE-L", "CIDEr")
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting of a study."""
+
+    name: str
+    flags: tuple[str, ...]
+    """What it adds to the flags of `emrrg.train`."""
+
+
+STUDIES: dict[str, list[Cell]] = {
+    "sight": [Cell("seeing", ()), Cell("blind", ("--blind",))],
+    "cross-attention": [
+        Cell("both", ()),
+        Cell("Partial LoRA only", ("--hybrid-every", "0")),
+        Cell("cross-attention only", ("--lora-targets", "none")),
+        Cell("neither", ("--lora-targets", "none", "--hybrid-every", "0")),
+    ],
+    "rank": [Cell(f"rank {r}", ("--lora-rank", str(r))) for r in (16, 1, 4, 64)],
+    "share": [
+        Cell("X, rank 16", ()),
+        Cell("projector", ("--regime", "linear-probe")),
+        Cell("X, rank 1", ("--lora-rank", "1")),
+        Cell("X, rank 64", ("--lora-rank", "64")),
+        Cell(
+            "X, Z, out_proj, llm, rank 64",
+            ("--lora-targets", "X,Z,out_proj,llm", "--lora-rank", "64"),
+        ),
+        Cell("encoder", ("--regime", "encoder")),
+        Cell("full", ("--regime", "full")),
+    ],
+    "peft": [
+        *(Cell(f"LoRA {t}", ("--lora-targets", t)) for t in LORA_TARGETS),
+        *(Cell(m, ("--lora-targets", "none", "--peft", m)) for m in PEFT_METHODS),
+    ],
+    "dataset": [
+        Cell("target hospital", ("--domain", "target")),
+        Cell("source hospital", ("--domain", "source")),
+    ],
+}
 
 
 @dataclass(frozen=True)
 class AblateConfig:
-    """Train the cells of a comparison, one after another, and print their scores."""
+    """Train the cells of a comparison and write their scores as a table and a picture."""
 
-    study: Literal["sight"] = "sight"
-    """sight: do the reports depend on the image?"""
-    output: str = "runs/sight"
-    """Folder of the cells, their logs and table.md; what is done there is kept."""
+    study: Literal["sight", "cross-attention", "rank", "share", "peft", "dataset"] = "sight"
+    """What is compared, see above."""
+    seeds: tuple[int, ...] = (42, 43, 44)
+    """Seeds of each cell, separated by commas (sight: the first one alone)."""
+    output: str | None = None
+    """Folder of the cells, their logs, table.md, results.json and figure.png [default:
+    runs/ablation-STUDY]; what is done there is kept."""
+    base: str | None = None
+    """Run that the cells start from [default: trained on source phantoms, in OUTPUT/base]."""
+    jobs: int = 1
+    """Cells that train at the same time, the CPU's threads shared among them."""
+    data: tuple[str, ...] = ()
+    """dataset: further cells as NAME=ANNOTATION:IMAGES, separated by commas."""
     train_flags: str = ""
-    """Further flags of emrrg.train for every cell, in one string."""
+    """Further flags of emrrg.train for the base and every cell, in one string."""
 
     def __post_init__(self) -> None:
-        for word in ("--output", "--resume", "--blind"):
-            if word in self.train_flags.split():
+        words = [word.split("=")[0] for word in shlex.split(self.train_flags)]
+        for word in ("--output", "--resume", "--blind", "--init", "--seed", "--config"):
+            if word in words:
                 raise InputError(f"--train-flags: {word} is set by the study itself")
+        if self.jobs < 1:
+            raise InputError(f"--jobs: {self.jobs} is not at least 1")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise InputError("--seeds: give at least one, none of them twice")
+        if self.data and self.study != "dataset":
+            raise InputError("--data: goes with --study dataset")
+        for item in self.data:
+            name, _, paths = item.partition("=")
+            if not name or ":" not in paths:
+                raise InputError(f"--data: {item!r} is not NAME=ANNOTATION:IMAGES")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; arguments and errors as `emrrg.train.main`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     config, _ = parse_config(AblateConfig, argv, "emrrg.ablate")
-    folder = Path(config.output)
+    folder = Path(config.output or f"runs/ablation-{config.study}")
     folder.mkdir(parents=True, exist_ok=True)
-    results = {}
-    for name, flags in STUDIES[config.study].items():
-        run_cell(folder / name, [*config.train_flags.split(), *flags])
-        results[name] = read_json(folder / name / "scores.json")
-    table = sight_table(results)
+    cells = cells_of(config)
+    seeds = config.seeds[:1] if config.study == "sight" else config.seeds
+    flags = shlex.split(config.train_flags)
+    start: list[str] = []
+    if config.study != "sight":
+        start = ["--recipe", "phantoms", "--init", str(base_run(config, folder, flags))]
+    tasks = [
+        (
+            folder / f"{slug(cell.name)}-{seed}",
+            [*start, *flags, *cell.flags, "--seed", str(seed)],
+        )
+        for cell in cells
+        for seed in seeds
+    ]
+    threads = max(1, (os.cpu_count() or 1) // config.jobs) if config.jobs > 1 else None
+    with ThreadPoolExecutor(config.jobs) as pool:
+        list(pool.map(lambda task: run_cell(*task, threads), tasks))
+    results = {
+        cell.name: [read_cell(folder / f"{slug(cell.name)}-{seed}") for seed in seeds]
+        for cell in cells
+    }
+    summary = summarise(results)
+    table = markdown(config.study, summary, seeds)
     (folder / "table.md").write_text(table, encoding="utf-8")
-    write_json(folder / "results.json", {"study": config.study, "cells": results})
+    write_json(
+        folder / "results.json", {"study": config.study, "seeds": list(seeds), "cells": summary}
+    )
+    plot_ablation(config.study, summary, folder / "figure.png")
     log.info("\n%s\nwritten to %s", table, folder)
     return 0
 
 
-def run_cell(run: Path, flags: Sequence[str]) -> None:
+def cells_of(config: AblateConfig) -> list[Cell]:
+    """The cells of a study, the user's own data sets included."""
+    cells = list(STUDIES[config.study])
+    for item in config.data:
+        name, _, paths = item.partition("=")
+        annotation, _, images = paths.rpartition(":")
+        given = ("--dataset", "custom", "--annotation", annotation, "--images", images)
+        cells.append(Cell(name, given))
+    return cells
+
+
+def base_run(config: AblateConfig, folder: Path, flags: Sequence[str]) -> Path:
+    """The run that all cells start from: given, done already, or trained now."""
+    if config.base is not None:
+        return Path(config.base)
+    run = folder / "base"
+    whole, _ = parse_config(TrainConfig, ["--recipe", "phantoms", *flags], "emrrg.train", suggest)
+    file = folder / "base.json"
+    values = {
+        k: v for k, v in to_dict(source_stage(whole)).items() if k not in ("output", "resume")
+    }
+    write_json(file, values)
+    run_cell(run, ["--config", str(file)], None)
+    return run
+
+
+def run_cell(run: Path, flags: Sequence[str], threads: int | None) -> None:
     """Train one cell, or go on with it, or leave it as it is where it is done.
 
     Raises:
@@ -71,8 +205,10 @@ def run_cell(run: Path, flags: Sequence[str]) -> None:
         return
     started = (run / "config.json").exists()
     where = ["--resume", str(run)] if started else ["--output", str(run), *flags]
+    if threads is not None:
+        where += ["--threads", str(threads)]
     command = [sys.executable, "-m", "emrrg.train", *where]
-    log.info("%s: %s", run, " ".join(command[1:]))
+    log.info("%s: %s", run, shlex.join(command[1:]))
     output = run.with_name(f"{run.name}.log")
     with open(output, "a", encoding="utf-8") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
@@ -81,24 +217,99 @@ def run_cell(run: Path, flags: Sequence[str]) -> None:
         raise InputError(f"{output}: the training ended with status {done.returncode}: {last[0]}")
 
 
-def sight_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The comparison as Markdown."""
+def read_cell(run: Path) -> dict[str, Any]:
+    """What a finished cell left: scores, parameters, and its reports."""
+    scores = read_json(run / "scores.json")
+    after = scores.get("after") or scores["test"]
+    predictions = json.loads((run / "predictions.json").read_text(encoding="utf-8"))
+    return {
+        "scores": headline(after),
+        "finding_interval": after["clinical"]["intervals"]["findings"]["micro"]["f1"],
+        "share": scores["parameters"]["share"],
+        "trainable": scores["parameters"]["trainable"],
+        "seconds": scores["seconds"],
+        "predictions": predictions,
+    }
+
+
+def summarise(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Mean, deviation and spread of every cell, and its test against the first one."""
+    first = next(iter(results))
+    summary: dict[str, dict[str, Any]] = {}
+    for name, runs in results.items():
+        row: dict[str, Any] = {
+            "trainable": runs[0]["trainable"],
+            "share": runs[0]["share"],
+            "seconds": [run["seconds"] for run in runs],
+            "finding_intervals": [run["finding_interval"] for run in runs],
+        }
+        for column in COLUMNS:
+            values = [run["scores"][column] for run in runs]
+            row[column] = {
+                "values": values,
+                "mean": statistics.fmean(values),
+                "deviation": statistics.stdev(values) if len(values) > 1 else None,
+            }
+        row["against_first"] = None if name == first else compare(runs, results[first])
+        summary[name] = row
+    return summary
+
+
+def compare(
+    runs: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """Paired bootstrap of two cells over the test studies of all seeds; None: not the same ones."""
+    mine = [row for run in runs for row in run["predictions"]]
+    theirs = [row for run in others for row in run["predictions"]]
+    references = [row["reference"] for row in mine]
+    if references != [row["reference"] for row in theirs]:
+        return None
+    reports = [row["hypothesis"] for row in mine], [row["hypothesis"] for row in theirs]
+    truth = [label_report(text) for text in references]
+    labels = [[label_report(text) for text in part] for part in reports]
+    found = compare_labels(*labels, truth, bootstrap=RESAMPLES)
+    language = compare_reports(*reports, references, bootstrap=RESAMPLES, meteor="off")
+    return {
+        "finding F1": found["findings"]["micro"]["f1"],
+        **{name: language[key] for name, key in (("BLEU-4", "BLEU_4"), ("CIDEr", "CIDEr"))},
+    }
+
+
+def markdown(study: str, summary: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> str:
+    """The comparison as a Markdown table."""
     lines = [
-        "| trained | finding F1 (micro) | 95 % interval | BLEU-4 | CIDEr |",
-        "|---|---|---|---|---|",
+        f"| {study} | trained | {' | '.join(COLUMNS)} | finding F1 against the first |",
+        f"|---|---|{'---|' * len(COLUMNS)}---|",
     ]
-    for name, scores in results.items():
-        after = scores["after"]
-        f1 = after["finding_f1"]
-        lines.append(
-            f"| {name} | {f1['value']:.3f} | {f1['low']:.3f} to {f1['high']:.3f} | "
-            f"{after['BLEU-4']:.3f} | {after['CIDEr']:.3f} |"
-        )
-    values = {name: scores["after"]["finding_f1"] for name, scores in results.items()}
-    gap = values["seeing"]["value"] - values["blind"]["value"]
-    apart = values["seeing"]["low"] > values["blind"]["high"]
-    lines += ["", f"Difference {gap:+.3f}; the intervals {'are apart' if apart else 'overlap'}."]
+    for name, row in summary.items():
+        cells = []
+        for column in COLUMNS:
+            deviation = row[column]["deviation"]
+            spread = f" ± {deviation:.3f}" if deviation is not None else ""
+            cells.append(f"{row[column]['mean']:.3f}{spread}")
+        test = row["against_first"]
+        verdict = ""
+        if test:
+            f1 = test["finding F1"]
+            low, high = f1["interval"]
+            verdict = (
+                f"{f1['difference']:+.3f} ({low:+.3f} to {high:+.3f}), p = {f1['p_value']:.3f}"
+            )
+        trained = f"{row['trainable']:,} ({100 * row['share']:.2f} %)"
+        lines.append(f"| {name} | {trained} | {' | '.join(cells)} | {verdict} |")
+    many = f"mean ± deviation over seeds {', '.join(map(str, seeds))}; " if len(seeds) > 1 else ""
+    lines += ["", f"Synthetic images (phantoms); {many}paired bootstrap, {RESAMPLES} resamples."]
+    if study == "sight":
+        intervals = [row["finding_intervals"][0] for row in summary.values()]
+        apart = intervals[0][0] > intervals[1][1]
+        shown = ", ".join(f"{low:.3f} to {high:.3f}" for low, high in intervals)
+        lines.append(f"95 % intervals: {shown}: {'apart' if apart else 'overlapping'}.")
     return "\n".join(lines) + "\n"
+
+
+def slug(name: str) -> str:
+    """A cell's name as a folder's."""
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).replace("--", "-")
 
 
 if __name__ == "__main__":

@@ -40,31 +40,6 @@ PROMPT = (
     "\nAssistant:",
 )
 
-# The paper's recipe (its release, per data set), and the small one that needs no data at all.
-# The values are flags of `emrrg.train`; a flag given by the user wins over them.
-RECIPES: dict[str, dict[str, Any]] = {
-    "phantoms": {},
-    "iu_xray": {
-        "batch_size": 4, "epochs": 21, "max_report_tokens": 60,
-        "beams": 5, "min_new_tokens": 40, "max_new_tokens": 100,
-    },
-    "mimic_cxr": {
-        "batch_size": 6, "epochs": 5, "max_report_tokens": 100,
-        "beams": 3, "min_new_tokens": 80, "max_new_tokens": 120,
-    },
-    "chexpert_plus": {
-        "batch_size": 6, "epochs": 11, "max_report_tokens": 100,
-        "beams": 3, "min_new_tokens": 80, "max_new_tokens": 120,
-    },
-}  # fmt: skip
-_PAPER = {
-    "lr": 1e-4, "min_lr": 1e-6, "weight_decay": 0.01, "decay_all": True, "schedule": "epoch-cosine",
-    "warmup_steps": 0, "grad_clip": 0.0, "seed": 42, "bucket": False,
-    "repetition_penalty": 2.0, "length_penalty": 2.0,
-}  # fmt: skip
-for _name in ("iu_xray", "mimic_cxr", "chexpert_plus"):
-    RECIPES[_name] = {**_PAPER, **RECIPES[_name], "dataset": _name}
-
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -267,7 +242,8 @@ class TrainConfig:
         for name in (
             "epochs", "batch_size", "eval_batch_size", "lora_rank", "vocab_size", "decoder_dim",
             "decoder_layers", "decoder_heads", "max_report_tokens", "beams", "max_new_tokens",
-            "log_every", "save_every", "bad_steps", "source_studies", "source_epochs", "threads", "source_steps",
+            "log_every", "save_every", "bad_steps", "source_studies", "source_epochs", "threads",
+            "source_steps",
             "max_steps", "train_studies", "val_studies", "test_studies", "accumulate",
             "extra_states", "affix_tokens", "prompt_tokens", "adapter_dim",
         ):  # fmt: skip
@@ -323,7 +299,7 @@ class ModelConfig:
     decoder: dict[str, Any] = field(default_factory=dict)
     """Fields of `emrrg.decoder.DecoderConfig`."""
     llm: str | None = None
-    """Folder that the decoder's frozen weights are read from; None: they are stored with the run."""
+    """Folder that the decoder's frozen weights are read from; None: stored with the run."""
     llm_int8: bool = False
     """Whether they are held in int8."""
     lora_targets: tuple[str, ...] = ()

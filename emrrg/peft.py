@@ -1,4 +1,4 @@
-"""Parameter-efficient tuning of the vision Mamba beyond LoRA (MambaPEFT, arXiv 2411.03855, section 4).
+"""Parameter-efficient tuning of the vision Mamba beyond LoRA (MambaPEFT, arXiv 2411.03855).
 
     delta-A, delta-D,      A_log + d, D + d, conv weight + d, dt bias + d, with d = 0 at the start.
     delta-conv1d,          Weight decay then pulls towards the pre-trained value, not to zero
@@ -9,8 +9,8 @@
     affix                  tokens of each layer and order, put after in_proj in front of the image's
                            and dropped after the scan. The paper's tokens are 2 D wide; their Z half
                            gates only what is dropped, so ours are D wide
-    prompt                 tokens beside the image's, through all blocks, half of them visited before
-                           the image and half after, dropped at the end
+    prompt                 tokens beside the image's, through all blocks, half of them visited
+                           before the image and half after, dropped at the end
     affix-projected,       the same tokens, computed from small embeddings by a two-layer network
     prompt-projected       while training
     bias                   every bias of the encoder trains, as it is (BitFit)

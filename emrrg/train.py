@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from emrrg.config import RECIPES, TrainConfig, flag, parse_config, run_command, to_dict
+from emrrg.config import TrainConfig, flag, parse_config, run_command, to_dict
 from emrrg.data.dataset import batches, epoch_steps
 from emrrg.data.images import normalize
 from emrrg.distributed import World, joined, local_device
@@ -49,6 +49,7 @@ from emrrg.evaluation import (
 from emrrg.optim import learning_rate, set_lr
 from emrrg.plots import plot_curves
 from emrrg.progress import Progress, clock
+from emrrg.recipes import source_stage, suggest
 from emrrg.runs import (
     generation_of,
     load_run,
@@ -112,28 +113,6 @@ What to try next:
   python -m emrrg.train --init %s --dataset custom --annotation A.json --images DIR"""
 
 
-def suggest(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Values that the recipe suggests for the flags that the user left out."""
-    recipe, dataset = given.get("recipe"), given.get("dataset")
-    values: dict[str, Any] = {}
-    if recipe is None and dataset is None:
-        recipe = values["recipe"] = "phantoms"
-    if recipe is not None:
-        if recipe not in RECIPES:
-            raise InputError(f"--recipe: {recipe!r} is not one of {', '.join(RECIPES)}")
-        values |= RECIPES[recipe]
-    elif dataset in RECIPES:  # our own defaults, with the data set's lengths
-        lengths = ("max_report_tokens", "max_new_tokens")
-        values |= {k: v for k, v in RECIPES[dataset].items() if k in lengths}
-    trained = "init" in given or ("vision_checkpoint" in given and "llm" in given)
-    values.setdefault("dataset", "phantoms")
-    values["regime"] = "peft" if trained or recipe == "phantoms" else "full"
-    values["preset"] = None if "init" in given or "vision_checkpoint" in given else "tiny"
-    if "hybrid_layers" not in given:
-        values["hybrid_every"] = 8 if "llm" in given else values.get("hybrid_every", 2)
-    return values
-
-
 def resumed(run: Path, given: Mapping[str, Any]) -> TrainConfig:
     """The configuration of a run that goes on; only what does not change its numbers may differ."""
     if not (run / "config.json").exists():
@@ -170,26 +149,6 @@ def run_folder(config: TrainConfig) -> Path:
     except OSError as error:
         raise InputError(f"--output: cannot write in {run} ({error.strerror})") from error
     return run
-
-
-def source_stage(config: TrainConfig) -> TrainConfig:
-    """Stage (a) of the phantoms recipe: everything trains, on the source hospital."""
-    return dataclasses.replace(
-        config,
-        recipe=None,
-        dataset="phantoms",
-        domain="source",
-        regime="full",
-        lora_targets=(),
-        peft=(),
-        hybrid_every=0,
-        hybrid_layers=None,
-        train_studies=config.source_studies,
-        epochs=config.source_epochs,
-        lr=config.source_lr,
-        eval_every=0,
-        max_steps=config.source_steps,
-    )
 
 
 def train_phantoms(config: TrainConfig, run: Path, device: torch.device, world: World) -> bool:

@@ -8,7 +8,6 @@ import json
 import pytest
 
 from emrrg.config import (
-    RECIPES,
     ModelConfig,
     TrainConfig,
     from_dict,
@@ -16,7 +15,7 @@ from emrrg.config import (
     to_dict,
 )
 from emrrg.errors import InputError
-from emrrg.train import suggest
+from emrrg.recipes import RECIPES, suggest
 
 
 def parse(*argv: str) -> TrainConfig:

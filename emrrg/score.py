@@ -1,0 +1,547 @@
+"""Score generated reports from files: ``python -m emrrg.score hypotheses.json references.json``.
+
+The reports may come from any system; JSON, JSONL and CSV in their usual forms are read, and studies
+are matched by id where both files have ids (`emrrg.metrics.files`). Printed are language scores,
+clinical scores and baselines with their intervals and with how they were counted; ``--output``
+keeps everything, ``--compare`` tests a second system against the first on the same studies.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from emrrg.config import parse_config, run_command
+from emrrg.data.reports import clean_report
+from emrrg.errors import InputError
+from emrrg.metrics.chexbert import NAME as CHEXBERT
+from emrrg.metrics.chexbert import label_reports
+from emrrg.metrics.clinical import (
+    FINDINGS,
+    LABELER,
+    OBSERVATION_SETS,
+    POLICIES,
+    Labels,
+    compare_labels,
+    label_report,
+    score_comparisons,
+    score_labels,
+    score_sides,
+)
+from emrrg.metrics.external import EXTERNAL, external_score
+from emrrg.metrics.files import HYPOTHESES, REFERENCES, Table, match, read_table
+from emrrg.metrics.groups import Groups, group_studies
+from emrrg.metrics.nlg import SCORES, compare_reports, score_reports
+from emrrg.tokenizer import load_tokenizer
+
+log = logging.getLogger("emrrg.score")
+
+SHOWN_IDS = 3
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Score generated reports, from files of any system, against reference reports."""
+
+    hypotheses: str
+    """File of generated reports (JSON, JSONL, CSV)."""
+    references: tuple[str, ...] = ()
+    """File of reference reports, for instance an annotation file [default: the field "reference"
+    of the first file]."""
+    compare: str | None = None
+    """File of a second system's reports: a paired bootstrap test between the two."""
+    split: str | None = None
+    """Only references of this split, where their file has splits."""
+    id_column: str | None = None
+    """Field of the studies' ids [default: id, study_id, ... where there]."""
+    hypothesis_column: str | None = None
+    """Field of the generated reports [default: hypothesis, prediction, report, ...]."""
+    reference_column: str | None = None
+    """Field of the reference reports [default: reference, report, text, ...]."""
+    clean: Literal["none", "iu_xray", "mimic_cxr", "plain"] = "none"
+    """Clean both sides first: iu_xray and mimic_cxr as R2Gen does; none collapses white space."""
+
+    protocol: Literal["full", "r2gen", "r2gengpt"] = "full"
+    """full references, or a peer's truncation of them."""
+    max_tokens: int | None = None
+    """Where r2gen and r2gengpt cut a reference (60 for IU X-ray, 100 for MIMIC-CXR)."""
+    tokenization: Literal["split", "ptb"] = "split"
+    """split at white space, as every peer does, or as image captions are scored (needs Java)."""
+    tokenizer: str | None = None
+    """Tokenizer file or model folder, for r2gengpt."""
+    train_reports: str | None = None
+    """File of training reports (of an annotation, its training part): constant-report baselines."""
+    neighbours: str | None = None
+    """File with, for each study, the report of its nearest training image: a baseline."""
+    min_count: int = 3
+    """r2gen: words rarer than this in the training reports are unknown."""
+    meteor: Literal["auto", "require", "off"] = "auto"
+    """METEOR needs Java: where there is (auto), as a must (require), or not (off)."""
+    bootstrap: int = 1000
+    """Resamples for the intervals and tests; 0 for none."""
+    seed: int = 42
+    """Seed of the resamples."""
+
+    labeler: Literal["rules", "chexbert", "off"] = "rules"
+    """Who labels the 14 observations: this project's rules, or a CheXbert checkpoint."""
+    chexbert: str | None = None
+    """CheXbert checkpoint (chexbert.pth); needs the package transformers."""
+    vocabulary: str | None = None
+    """BERT's vocab.txt, or the folder that holds it, for CheXbert."""
+    hypothesis_labels: str | None = None
+    """File of labels of the generated reports, instead of the labeler's."""
+    reference_labels: str | None = None
+    """File of labels of the references, instead of the labeler's."""
+    compare_labels: str | None = None
+    """File of labels of the second system's reports, instead of the labeler's."""
+    uncertain: Literal["negative", "positive", "ignore"] = "negative"
+    """What an uncertain label counts as."""
+    by: tuple[str, ...] = ()
+    """Break scores down by these fields of the references (view, sex, age, ...)."""
+    prior_column: str | None = None
+    """Field of the references that says whether the patient has an earlier study."""
+    extra: tuple[str, ...] = ()
+    """Further scores by their authors' packages, if installed: radgraph, ratescore, green."""
+    device: str = "cpu"
+    """Where CheXbert and the further scores run."""
+
+    output: str | None = None
+    """Write everything to this JSON file."""
+    per_report: str | None = None
+    """Write the scores and labels of every study to this JSONL file."""
+
+    def __post_init__(self) -> None:
+        if len(self.references) > 1:
+            raise InputError("references: give one file of hypotheses and one of references")
+        for name in self.extra:
+            if name not in EXTERNAL:
+                raise InputError(f"--extra: {name!r} is not one of {', '.join(EXTERNAL)}")
+        if self.labeler == "chexbert" and not (self.chexbert and self.vocabulary):
+            raise InputError("--labeler chexbert: needs --chexbert and --vocabulary")
+        if self.compare and not self.bootstrap:
+            raise InputError("--compare: needs --bootstrap of at least 1")
+        if self.compare_labels and not self.compare:
+            raise InputError("--compare-labels: needs --compare")
+
+
+@dataclass(frozen=True)
+class _System:
+    """One system's reports in the order of the references."""
+
+    reports: list[str]
+    labels: list[Labels] | None
+    labeler: str | None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments without the program's name; None: `sys.argv`.
+    Returns:
+        Exit status 0.
+    Raises:
+        InputError: a file or flag cannot be used.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    config, _ = parse_config(
+        ScoreConfig, argv, "emrrg.score", positional=("hypotheses", "references")
+    )
+    own = config.hypotheses
+    truth = read_table(
+        config.references[0] if config.references else own,
+        id_column=config.id_column,
+        split=config.split,
+    )
+    names = REFERENCES if config.references else REFERENCES[:4]
+    references = _clean(truth.texts(names, config.reference_column), config)
+    true_labels, true_labeler = _labels(config, references, truth, config.reference_labels)
+    first = _read_system(config, own, truth, config.hypothesis_labels)
+    groups = _groups(config, truth)
+    result = score(config, first, references, true_labels, true_labeler, groups, truth)
+    second = None
+    if config.compare:
+        second = _read_system(config, config.compare, truth, config.compare_labels)
+        result["comparison"] = compare(config, first, second, references, true_labels)
+    studies = _per_report(result, truth, first, references, true_labels)
+    log.info("%s", table(result))
+    if config.output:
+        _write(Path(config.output), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        log.info("everything is in %s", config.output)
+    if config.per_report:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in studies)
+        _write(Path(config.per_report), lines)
+        log.info("the scores of every study are in %s", config.per_report)
+    return 0
+
+
+def score(
+    config: ScoreConfig,
+    system: _System,
+    references: list[str],
+    true_labels: list[Labels] | None,
+    true_labeler: str | None,
+    groups: Groups,
+    truth: Table,
+) -> dict[str, Any]:
+    """Every score of one system."""
+    train = _training_reports(config)
+    neighbours = None
+    if config.neighbours:
+        neighbours = _aligned(config, config.neighbours, truth, "--neighbours")
+    result = score_reports(
+        system.reports,
+        references,
+        train_reports=train,
+        neighbour_reports=neighbours,
+        groups=groups,
+        per_report=config.per_report is not None,
+        **_language_options(config),
+        bootstrap=config.bootstrap,
+    )
+    result["files"] = {"hypotheses": config.hypotheses, "references": str(truth.path)}
+    result["clean"] = config.clean
+    if system.labels is not None and true_labels is not None:
+        source = system.labeler
+        if system.labeler != true_labeler:
+            source = f"hypotheses: {system.labeler}; references: {true_labeler}"
+        result["clinical"] = clinical(config, system.labels, true_labels, str(source), groups)
+        constant = result["baselines"].get("constant")
+        if constant and system.labeler == LABELER:
+            labels = [label_report(constant["report"])] * len(references)
+            constant["clinical"] = clinical(config, labels, true_labels, str(source), {})
+    settings: dict[str, Any] = {"bootstrap": config.bootstrap, "seed": config.seed}
+    result["sides"] = score_sides(system.reports, references, **settings)
+    result["comparisons"] = score_comparisons(
+        system.reports, references, has_prior=_priors(config, truth), **settings
+    )
+    result["extra"] = {
+        name: external_score(name, system.reports, references, **settings, device=config.device)
+        for name in config.extra
+    }
+    return result
+
+
+def clinical(
+    config: ScoreConfig,
+    predicted: Sequence[Labels],
+    reference: Sequence[Labels],
+    source: str,
+    groups: Groups,
+) -> dict[str, Any]:
+    """Clinical scores under the policy asked for, and the F1 of the others beside it."""
+    result = score_labels(
+        predicted,
+        reference,
+        uncertain=config.uncertain,
+        bootstrap=config.bootstrap,
+        seed=config.seed,
+        source=source,
+        groups=groups,
+    )
+    result["policies"] = {}
+    for policy in POLICIES:
+        other = score_labels(predicted, reference, uncertain=policy)  # type: ignore[arg-type]
+        result["policies"][policy] = {
+            name: {average: rates["f1"] for average, rates in other[name].items()}
+            for name in OBSERVATION_SETS
+        }
+    return result
+
+
+def compare(
+    config: ScoreConfig,
+    first: _System,
+    second: _System,
+    references: list[str],
+    true_labels: list[Labels] | None,
+) -> dict[str, Any]:
+    """Paired tests between two systems, first minus second."""
+    result: dict[str, Any] = {
+        "files": {"first": config.hypotheses, "second": config.compare},
+        "bootstrap": {"resamples": config.bootstrap, "seed": config.seed},
+        "language": compare_reports(
+            first.reports,
+            second.reports,
+            references,
+            train_reports=_training_reports(config),
+            bootstrap=config.bootstrap,
+            **_language_options(config),
+        ),
+    }
+    if first.labels is not None and second.labels is not None and true_labels is not None:
+        result["clinical"] = compare_labels(
+            first.labels,
+            second.labels,
+            true_labels,
+            uncertain=config.uncertain,
+            bootstrap=config.bootstrap,
+            seed=config.seed,
+        )
+    return result
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The scores as text."""
+    columns = ["", "score", "95 % interval", *result["baselines"]]
+    rows = [
+        [
+            name,
+            _number(result[name]),
+            _range(result["intervals"].get(name)),
+            *(_number(other[name]) for other in result["baselines"].values()),
+        ]
+        for name in SCORES
+    ]
+    found = result.get("clinical")
+    titles = {"all": "14 observations", "five": "the usual 5", "findings": "13 findings"}
+    for chosen, title in titles.items():
+        for average in ("micro", "macro", "example") if found else ():
+            others = [
+                _number(o["clinical"][chosen][average]["f1"]) if "clinical" in o else ""
+                for o in result["baselines"].values()
+            ]
+            limits = found["intervals"].get(chosen, {}).get(average, {}) if found else {}
+            value = found[chosen][average]["f1"] if found else None
+            rows.append(
+                [f"F1 {average}, {title}", _number(value), _range(limits.get("f1")), *others]
+            )
+    sides, prior = result["sides"], result["comparisons"]
+    rows.append(["wrong side", _number(sides["rate"]), _range(sides["interval"])])
+    rows.append(["invented comparisons", _number(prior["rate"]), _range(prior["interval"])])
+    for name, one in result["extra"].items():
+        rows.append([name, _number(one["value"]), _range(one["interval"])])
+    parts = [
+        f"{result['pairs']} pairs; protocol {result['protocol']}, tokenization "
+        f"{result['tokenization']}, {result['truncated_references']:.1%} of references cut"
+        + (
+            f" at {result['max_tokens']} {result['truncation_unit']}"
+            if result["max_tokens"]
+            else ""
+        ),
+        _aligned_rows([columns, *rows]),
+    ]
+    if found:
+        parts += [
+            f"labels: {found['labeler']}; uncertain as {found['uncertain']}",
+            _per_finding(found),
+        ]
+    parts += [
+        f"wrong side: {sides['wrong']} of {sides['compared']} findings whose side both texts say "
+        f"({sides['partial']} more are partly right); invented comparisons: {prior['invented']} of "
+        f"{prior['without_prior']} studies without an earlier one",
+        *(f"{name}: not computed: {why}" for name, why in result["missing"].items()),
+        *result["notes"],
+    ]
+    for column, groups in result["groups"].items():
+        parts.append(_group_rows(column, groups, (found or {}).get("groups", {}).get(column)))
+    if "comparison" in result:
+        parts.append(_comparison_rows(result["comparison"]))
+    return "\n\n".join(parts)
+
+
+def _read_system(config: ScoreConfig, path: str, truth: Table, labels_file: str | None) -> _System:
+    reports = _aligned(config, path, truth, "hypotheses")
+    labels, labeler = _labels(config, reports, truth, labels_file)
+    return _System(reports, labels, labeler)
+
+
+def _aligned(config: ScoreConfig, path: str, truth: Table, what: str) -> list[str]:
+    """The reports of a file in the order of the references; every reference must have one."""
+    other = read_table(path, id_column=config.id_column)
+    (places,) = match(truth, [other])
+    texts = other.texts(HYPOTHESES, config.hypothesis_column)
+    missing = [truth.name(i) for i, place in enumerate(places) if place is None]
+    if missing:
+        shown = ", ".join(missing[:SHOWN_IDS]) + (", ..." if len(missing) > SHOWN_IDS else "")
+        raise InputError(
+            f"{path}: {len(missing)} of {len(places)} references have no report in it ({shown}); "
+            "a score of the rest would not compare with others"
+        )
+    if left := len(texts) - len(places):
+        log.info("%s: %d reports have no reference in %s and are left out", path, left, truth.path)
+    return _clean([texts[place] for place in places if place is not None], config)
+
+
+def _labels(
+    config: ScoreConfig, reports: list[str], truth: Table, path: str | None
+) -> tuple[list[Labels] | None, str | None]:
+    """Labels of reports in the order of the references, and whose they are."""
+    if path is not None:
+        other = read_table(path, id_column=config.id_column)
+        (places,) = match(truth, [other])
+        labels = other.labels()
+        if None in places:
+            name = truth.name(places.index(None))
+            raise InputError(f"{path}: no labels of study {name}")
+        return [labels[place] for place in places if place is not None], f"file {path}"
+    if config.labeler == "off":
+        return None, None
+    if config.labeler == "chexbert":
+        assert config.chexbert and config.vocabulary  # __post_init__
+        found = label_reports(reports, config.chexbert, config.vocabulary, device=config.device)
+        return list(found), CHEXBERT
+    return [label_report(report) for report in reports], LABELER
+
+
+def _clean(texts: list[str], config: ScoreConfig) -> list[str]:
+    return [clean_report(text, config.clean) for text in texts]
+
+
+def _training_reports(config: ScoreConfig) -> list[str] | None:
+    if config.train_reports is None:
+        return None
+    read = read_table(config.train_reports)
+    rows = [row for row in read.rows if row.get("split", "train") == "train"]
+    if not rows:
+        raise InputError(f"--train-reports: {read.path}: no study of split 'train' in it")
+    training = Table(read.path, None, rows)
+    return _clean(training.texts(REFERENCES, config.reference_column), config)
+
+
+def _language_options(config: ScoreConfig) -> dict[str, Any]:
+    return {
+        "protocol": config.protocol,
+        "tokenization": config.tokenization,
+        "max_tokens": config.max_tokens,
+        "meteor": config.meteor,
+        "min_count": config.min_count,
+        "tokenizer": load_tokenizer(config.tokenizer) if config.tokenizer else None,
+        "seed": config.seed,
+    }
+
+
+def _groups(config: ScoreConfig, truth: Table) -> Groups:
+    for name in config.by:
+        truth.column((), name)
+    return group_studies({name: [row.get(name) for row in truth.rows] for name in config.by})
+
+
+def _priors(config: ScoreConfig, truth: Table) -> list[bool | None] | None:
+    """Whether each study has an earlier one: a number above 0, yes or no, a list of studies."""
+    if config.prior_column is None:
+        return None
+    name = truth.column((), config.prior_column)
+    words = {"yes": True, "true": True, "y": True, "no": False, "false": False, "n": False}
+    priors: list[bool | None] = []
+    for i, row in enumerate(truth.rows):
+        value = row.get(name)
+        text = str(value).strip().lower()
+        if value is None or text == "":
+            priors.append(None)
+        elif isinstance(value, bool | int | float | list):
+            priors.append(bool(value))
+        elif text in words:
+            priors.append(words[text])
+        else:
+            try:
+                priors.append(float(text) > 0)
+            except ValueError:
+                raise InputError(
+                    f"--prior-column: {truth.path}: record {truth.name(i)}: {value!r} is neither "
+                    "yes, no nor a number"
+                ) from None
+    return priors
+
+
+def _per_report(
+    result: dict[str, Any],
+    truth: Table,
+    system: _System,
+    references: list[str],
+    true_labels: list[Labels] | None,
+) -> list[dict[str, Any]]:
+    """One object a study; its scores are moved out of the result."""
+    scores = result.pop("per_report", {})
+    rows = []
+    for i, reference in enumerate(references):
+        row: dict[str, Any] = {
+            "id": truth.name(i),
+            "hypothesis": system.reports[i],
+            "reference": reference,
+            **{name: values[i] for name, values in scores.items()},
+        }
+        if system.labels is not None and true_labels is not None:
+            row["predicted_labels"], row["reference_labels"] = system.labels[i], true_labels[i]
+        rows.append(row)
+    return rows
+
+
+def _per_finding(found: Mapping[str, Any]) -> str:
+    rows = [["observation", "precision", "recall", "F1", "95 % interval", "tp", "fp", "fn"]]
+    limits = found["intervals"].get("observations", {})
+    for name, one in found["observations"].items():
+        rates = [_number(one[measure]) for measure in ("precision", "recall", "f1")]
+        counts = [str(one[kind]) for kind in ("tp", "fp", "fn")]
+        rows.append([name, *rates, _range(limits.get(name, {}).get("f1")), *counts])
+    return _aligned_rows(rows)
+
+
+def _group_rows(column: str, groups: Mapping[str, Any], found: Mapping[str, Any] | None) -> str:
+    rows = [[column, "studies", "BLEU_4", "CIDEr", f"F1 micro, {len(FINDINGS)} findings", ""]]
+    for value, one in groups.items():
+        own = (found or {}).get(value)
+        f1 = own["findings"]["micro"]["f1"] if own else None
+        limits = own["intervals"].get("findings", {}).get("micro", {}) if own else {}
+        rows.append(
+            [
+                value,
+                str(one["pairs"]),
+                _number(one["BLEU_4"]),
+                _number(one["CIDEr"]),
+                _number(f1),
+                _range(limits.get("f1")),
+            ]
+        )
+    return _aligned_rows(rows)
+
+
+def _comparison_rows(comparison: Mapping[str, Any]) -> str:
+    files = comparison["files"]
+    tests = dict(comparison["language"])
+    for name, averages in comparison.get("clinical", {}).items():
+        for average, measures in averages.items():
+            tests[f"F1 {average}, {name}"] = measures["f1"]
+    rows = [["", "first", "second", "difference", "95 % interval", "p"]]
+    for name, test in tests.items():
+        numbers = [_number(test["first"]), _number(test["second"]), f"{test['difference']:+.4f}"]
+        rows.append([name, *numbers, _range(test["interval"]), f"{test['p_value']:.4f}"])
+    title = f"first: {files['first']}; second: {files['second']}; paired bootstrap"
+    return f"{title}\n{_aligned_rows(rows)}"
+
+
+def _aligned_rows(rows: Sequence[Sequence[str]]) -> str:
+    width = max(map(len, rows))
+    full = [[*row, *[""] * (width - len(row))] for row in rows]
+    widths = [max(len(row[i]) for row in full) for i in range(width)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(size) if i == 0 else cell.rjust(size)
+            for i, (cell, size) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in full
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _range(limits: Sequence[float | None] | None) -> str:
+    if not limits or limits[0] is None:
+        return ""
+    return f"{limits[0]:.4f} to {limits[1]:.4f}"
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main)
