@@ -152,7 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     threads = max(1, (os.cpu_count() or 1) // config.jobs) if config.jobs > 1 else None
     with ThreadPoolExecutor(config.jobs) as pool:
-        list(pool.map(lambda task: run_cell(*task, threads), tasks))
+        done = [pool.submit(run_cell, run, flags, threads) for run, flags in tasks]
+        for task in done:
+            task.result()
     results = {
         cell.name: [read_cell(folder / f"{slug(cell.name)}-{seed}") for seed in seeds]
         for cell in cells
@@ -267,8 +269,10 @@ def compare(
     reports = [row["hypothesis"] for row in mine], [row["hypothesis"] for row in theirs]
     truth = [label_report(text) for text in references]
     labels = [[label_report(text) for text in part] for part in reports]
-    found = compare_labels(*labels, truth, bootstrap=RESAMPLES)
-    language = compare_reports(*reports, references, bootstrap=RESAMPLES, meteor="off")
+    found = compare_labels(labels[0], labels[1], truth, bootstrap=RESAMPLES)
+    language = compare_reports(
+        reports[0], reports[1], references, bootstrap=RESAMPLES, meteor="off"
+    )
     return {
         "finding F1": found["findings"]["micro"]["f1"],
         **{name: language[key] for name, key in (("BLEU-4", "BLEU_4"), ("CIDEr", "CIDEr"))},

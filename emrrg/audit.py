@@ -410,15 +410,16 @@ def measure_step(config: AuditConfig, regime: str, queue: Any) -> None:
     optimizer.step()
     estimate = _fake_kept_bytes(config, regime)
     real = kept_bytes(model, lambda: step(model, config, images, None))
+    peak: int | None
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         forward_backward()
         peak = torch.cuda.max_memory_allocated() - before
     else:
-        before = _reset_peak()
+        resident = _reset_peak()
         forward_backward()
-        peak = None if before is None else _status("VmHWM") - before
+        peak = None if resident is None else _status("VmHWM") - resident
     queue.put(
         {
             "device": torch.cuda.get_device_name() if cuda else "CPU",

@@ -55,6 +55,12 @@ class TrainConfig:
     """Annotation file in R2Gen's JSON format ({"train": [{"id", "report", "image_path"}], ...})."""
     images: str | None = None
     """Folder that the annotation's image paths start from."""
+    clean: Literal["auto", "iu_xray", "mimic_cxr", "plain", "none"] = "auto"
+    """How reports are prepared: R2Gen's cleaner for a data set, the same form without its
+    accidents, or not at all; auto: by --dataset (mimic_cxr for CheXpert Plus, plain for custom)."""
+    marks: Literal["keep", "drop", "mask"] = "keep"
+    """What becomes of de-identification marks (XXXX, ___): kept to the cleaner, dropped, or each
+    one `xxxx`."""
     domain: Literal["source", "target"] = "target"
     """Phantoms only: which synthetic hospital."""
     train_studies: int | None = None

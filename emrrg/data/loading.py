@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
 from emrrg.config import TrainConfig
 from emrrg.data.dataset import PhantomStudies, RecordStudies, Studies
 from emrrg.data.r2gen import read_annotation
+from emrrg.data.reports import Style, clean_report
 from emrrg.errors import InputError
 
 SPLITS = ("train", "val", "test")
+STYLES: dict[str, Style] = {
+    "iu_xray": "iu_xray",
+    "mimic_cxr": "mimic_cxr",
+    "chexpert_plus": "mimic_cxr",
+}
 PHANTOM_COUNTS = {"train": 1000, "val": 64, "test": 300}
 
 
@@ -20,7 +27,8 @@ def load_studies(
     """The data that the flags describe.
 
     Args:
-        config: training flags; ``dataset``, ``annotation``, ``images``, ``*_studies``, ``domain``.
+        config: training flags; ``dataset``, ``annotation``, ``images``, ``clean``, ``marks``,
+            ``*_studies``, ``domain``.
         image_size: pixels a side.
         splits: which of train, val and test to load.
     Returns:
@@ -45,8 +53,14 @@ def load_studies(
     if config.annotation is None or config.images is None:
         raise InputError("--annotation and --images: needed for a data set of your own")
     records = read_annotation(Path(config.annotation), Path(config.images))
+    style = config.clean if config.clean != "auto" else STYLES.get(config.dataset or "", "plain")
     for split in splits:
-        chosen = list(records.get(split, ()))[: counts[split]]
+        chosen = [
+            dataclasses.replace(
+                record, report=clean_report(record.report, style, marks=config.marks)
+            )
+            for record in list(records.get(split, ()))[: counts[split]]
+        ]
         if not chosen and split != "val":
             raise InputError(f"--annotation: {config.annotation} has no {split!r} studies")
         studies[split] = RecordStudies(chosen, image_size)
