@@ -187,7 +187,10 @@ def _common(
 def _unique(i: int, files: Sequence[str]) -> str:
     """A short name of a file that no other file has."""
     stem = Path(files[i]).stem
-    return stem if sum(Path(file).stem == stem for file in files) == 1 else files[i]
+    if sum(Path(file).stem == stem for file in files) == 1:
+        return stem
+    again = files[:i].count(files[i])
+    return f"{files[i]} ({again + 1})" if again else files[i]
 
 
 def _read_text(path: str) -> str:

@@ -17,7 +17,7 @@ from emrrg.errors import InputError
 from emrrg.lora import add_lora, merge_lora
 from emrrg.model import ReportGenerator
 from emrrg.peft import PeftSettings, active_methods, merge_peft
-from emrrg.runs import llm_dtype, load_run, read_checkpoint, read_model_config
+from emrrg.runs import hold_frozen, llm_dtype, load_run, read_model_config, trains_llm
 from emrrg.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from emrrg.vision import VISION_PRESETS
 
@@ -40,8 +40,13 @@ def check_fit(config: TrainConfig) -> None:
             f"--regime {config.regime}: {what}, and there are none: give --init RUN, or "
             "--vision-checkpoint FILE with --llm FOLDER, or train whole with --regime full"
         )
-    if config.regime == "full" and config.llm_int8:
-        raise InputError("--llm-int8: int8 weights cannot train; --regime full trains everything")
+    if config.regime == "full":
+        if config.llm_int8:
+            raise InputError("--llm-int8: int8 weights cannot train; --regime full trains all")
+        if config.shard_llm:
+            raise InputError("--shard-llm: shards frozen weights; --regime full freezes none")
+    if config.shard_llm and config.auto_batch:
+        raise InputError("--auto-batch: each process tries by itself, so not with --shard-llm")
     if config.peft and config.regime != "peft":
         raise InputError(f"--peft: its methods train under --regime peft, not {config.regime}")
     if config.init is not None:
@@ -58,19 +63,24 @@ def image_size_of(config: TrainConfig) -> int:
 
 
 def build_model(
-    config: TrainConfig, reports: Sequence[str], device: torch.device
+    config: TrainConfig,
+    reports: Sequence[str],
+    device: torch.device,
+    place: torch.device | None = None,
 ) -> ReportGenerator:
     """Build the model that the flags describe.
 
     Args:
         config: training flags, presets filled in.
         reports: training reports, for a tokenizer of our own.
-        device: where the weights go.
+        device: where the model will work; a frozen language model is held in bf16 for CUDA.
+        place: where the weights go for now; None: to the device.
     Raises:
         InputError: a weight file or folder that cannot be used.
     """
+    place = place or device
     if config.init is not None:
-        return from_run(config, Path(config.init)).to(device)
+        return from_run(config, Path(config.init), device, place)
     released = None
     vision = dict(VISION_PRESETS[config.preset or "tiny"])
     if config.vision_checkpoint is not None:
@@ -91,7 +101,7 @@ def build_model(
         decoder = Decoder.from_pretrained(
             config.llm,
             dtype=torch.float32 if trains else llm_dtype(device),
-            device=device,
+            device=place,
             int8=config.llm_int8,
         )
         if tokenizer.vocab_size > decoder.config.vocab_size:
@@ -129,26 +139,34 @@ def build_model(
         if released.lora:  # part of the base from now on
             merge_lora(model, reversible=False)
     model.adapt(adapted(config, model))
-    return model.to(device)
+    return model.to(place)
 
 
-def from_run(config: TrainConfig, run: Path) -> ReportGenerator:
+def from_run(
+    config: TrainConfig, run: Path, device: torch.device, place: torch.device
+) -> ReportGenerator:
     """The model of an earlier run, its adapters merged, new adapters and hybrid layers added."""
-    model = load_run(run)
-    trained = read_checkpoint(run, "best").weights
-    llm_trained = any(
-        name.startswith("llama_model.") and ".cross_attn." not in name for name in trained
-    )
-    if model.config.llm is not None and llm_trained:
+    settings = read_model_config(run)
+    llm_adapted = "llm" in settings.lora_targets
+    # Merging rounds small updates away in half precision.
+    model = load_run(run, device="cpu" if llm_adapted else device, place=place)
+    if settings.llm is not None and (llm_adapted or trains_llm(run)):
         # Its folder no longer holds what the model's decoder is.
         model.config = dataclasses.replace(model.config, llm=None)
+    if model.config.llm_int8 and config.regime == "full":
+        raise InputError(f"--regime full: --init {run} holds its language model in int8")
     merge_lora(model, reversible=False)
     merge_peft(model, reversible=False)
     model.visual_encoder.peft_bias = False  # the biases are the base's again
+    if llm_adapted and settings.llm is not None and config.regime != "full":
+        hold_frozen(model.llama_model, llm_dtype(device))
+    if config.llm_int8 and not model.config.llm_int8:
+        model.llama_model.to_int8()
+        model.config = dataclasses.replace(model.config, llm_int8=True)
     if not model.llama_model.config.hybrid_layers:
         add_hybrid_layers(config, model.llama_model)
     model.adapt(adapted(config, model))
-    return model
+    return model.to(place)
 
 
 def adapted(config: TrainConfig, model: ReportGenerator) -> ModelConfig:

@@ -171,12 +171,14 @@ class TrainConfig:
     compile: bool = False
     """Compile the encoder's blocks and the decoder's layers with torch.compile."""
     checkpointing: bool = False
-    """Keep only each encoder block's input and recompute the rest in the backward pass."""
+    """Keep only the input of each encoder block and decoder layer, and compute the rest again in
+    the backward pass."""
     cache_features: bool = True
     """Where the encoder is frozen and bare of adapters: encode each training image once, if the
     features take less than 2 GiB."""
     shard_llm: bool = False
-    """Several processes: shard the frozen --llm over them (FSDP2) where it does not fit on one."""
+    """Several processes: shard the frozen language model over them (FSDP2) where it does not fit on
+    one."""
     max_report_tokens: int = 100
     """Longer reports are cut to this many tokens in training (the end mark is kept)."""
 
@@ -212,6 +214,9 @@ class TrainConfig:
     """Processes that decode images [default: 0 on the CPU, else up to 8]."""
     seed: int = 42
     """Seed of the weights, the data order, dropout and the phantoms."""
+    deterministic: bool = False
+    """Only operations that give the same bits every time on one device (on the CPU they all do);
+    what has no such form ends the run."""
     output: str | None = None
     """Run folder [default: runs/<recipe or data set>, numbered where that exists]."""
     resume: str | None = None
@@ -220,6 +225,8 @@ class TrainConfig:
     """Steps between log lines."""
     save_every: int = 200
     """Steps between checkpoints (and at every epoch's end)."""
+    keep_last: int = 1
+    """Checkpoints kept, the newest ones, beside the best."""
     bad_steps: int = 10
     """Stop after this many steps in a row whose loss is not finite."""
     bad_images: Literal["fail", "skip"] = "fail"
@@ -248,7 +255,7 @@ class TrainConfig:
         for name in (
             "epochs", "batch_size", "eval_batch_size", "lora_rank", "vocab_size", "decoder_dim",
             "decoder_layers", "decoder_heads", "max_report_tokens", "beams", "max_new_tokens",
-            "log_every", "save_every", "bad_steps", "source_studies", "source_epochs", "threads",
+            "log_every", "save_every", "keep_last", "bad_steps", "source_studies", "source_epochs", "threads",
             "source_steps",
             "max_steps", "train_studies", "val_studies", "test_studies", "accumulate",
             "extra_states", "affix_tokens", "prompt_tokens", "adapter_dim",

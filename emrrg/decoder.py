@@ -255,6 +255,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False  # keep only each layer's input, compute the rest again
         self.model = Stack(config)
         self.lm_head: nn.Linear | None = None
         if not config.tie_word_embeddings:
@@ -406,7 +407,10 @@ class Decoder(nn.Module):
             context = self._prefix_context(x, attention_mask, vis, vis_mask, text_mask, cache)
         context.maps = maps
         for layer in self.model.layers:
-            x = layer(x, context)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, context, use_reentrant=False)
+            else:
+                x = layer(x, context)
         if cache is not None:
             cache.advance()
         return self.model.norm(x)

@@ -8,10 +8,10 @@ language model can be sharded (FSDP2). Without torchrun there is one process and
 
 from __future__ import annotations
 
+import contextlib
 import os
-import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,12 +20,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from emrrg.errors import InputError
 
 Value = TypeVar("Value")
 PATIENCE = timedelta(minutes=30)  # how long a process waits for the others: they may be writing
+LAST_WORDS = timedelta(seconds=10)  # how long a failing process looks for who else has spoken
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,14 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def once(self, compute: Callable[[], Value]) -> Value:
+        """What process 0 computes, in every process."""
+        if self.size == 1:
+            return compute()
+        box: list[Any] = [compute() if self.is_main else None]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
 
     def total(self, numbers: Sequence[float], device: torch.device) -> list[float]:
         """Sums over the processes, in fp64."""
@@ -86,56 +96,68 @@ def local_device(device: torch.device) -> torch.device:
 def joined(device: torch.device) -> Iterator[World]:
     """Join the processes that torchrun started, for as long as the context lasts.
 
-    When one of them is gone, the others cannot go on: each ends with status 1, and the lowest rank
-    that is left says so in one line.
+    Whatever ends one of them ends all, with one message: the first to fail says why, and what every
+    process finds (a wrong flag) or what follows from it (a peer that is gone) is not said again.
 
     Args:
         device: this process's.
+    Raises:
+        InputError: WORLD_SIZE is set, but nothing else of what torchrun sets.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
         return
-    rank = int(os.environ["RANK"])
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
-    world = World(rank, size)
-    places = world.gather((socket.gethostname(), os.getpid()))
+    if dist.is_initialized():  # by whoever calls us
+        yield World(dist.get_rank(), dist.get_world_size())
+        return
     try:
-        yield world
-    except RuntimeError as error:
-        if not _lost_a_peer(error):
-            raise
-        below = [place for place in places[:rank] if _alive(*place)]
-        if not below:
+        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    except ValueError as error:
+        raise InputError(
+            f"WORLD_SIZE says that there are several processes, but {error}; start them with "
+            "torchrun, or unset WORLD_SIZE for one alone"
+        ) from error
+    store.set_timeout(PATIENCE)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=PATIENCE,
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        yield World(rank, size)
+    except BaseException as error:
+        spoken = not _speaks_first(store, rank)
+        lost = isinstance(error, RuntimeError) and _lost_a_peer(error)
+        if lost and not spoken:
             print(
-                f"emrrg: error: another process of this run ended, so rank {rank} of {size} cannot "
-                "go on; its own message says why. Start all again with --resume",
+                f"emrrg: error: another process of this run was ended, so rank {rank} of {size} "
+                "cannot go on; start all of them again with --resume",
                 file=sys.stderr,
             )
-        os._exit(1)  # closing the group would wait for the one that is gone
+        if lost or (spoken and isinstance(error, InputError)):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1 if lost else 2)  # closing the group would wait for those that are gone
+        raise
     dist.destroy_process_group()
+
+
+def _speaks_first(store: dist.Store, rank: int) -> bool:
+    """Whether no process has said yet why the run ends."""
+    try:
+        store.set_timeout(LAST_WORDS)
+        return store.add("emrrg/spoken", 1) == 1
+    except RuntimeError:
+        # The store was in the process that is gone. One process a machine speaks.
+        return rank == 1 or os.environ.get("LOCAL_RANK") == "0"
 
 
 def _lost_a_peer(error: RuntimeError) -> bool:
     words = ("Connection closed", "Connection reset", "connectFullMesh", "Broken pipe", "timed out")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
-
-
-def _alive(host: str, pid: int) -> bool:
-    """Whether a process of this machine runs; one of another machine is not known to."""
-    if host != socket.gethostname():
-        return False
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return False
-    # A zombie still answers: killed, and not yet waited for by the launcher.
-    try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except OSError:
-        return True
 
 
 def replicated(model: nn.Module, world: World, device: torch.device) -> nn.Module:
@@ -154,14 +176,22 @@ def replicated(model: nn.Module, world: World, device: torch.device) -> nn.Modul
     )
 
 
+def alone(network: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """A context in which backward passes of `replicated`'s result average nothing yet."""
+    if isinstance(network, DistributedDataParallel):
+        return network.no_sync()
+    return contextlib.nullcontext()
+
+
 def shard_decoder(decoder: nn.Module, world: World, device: torch.device) -> None:
     """Shard the frozen attention and MLP weights of a decoder over the processes (FSDP2).
 
-    A layer's weights are gathered when it runs and dropped after it. What trains stays whole, and
-    so do norms and embeddings, which are small or used outside the layers.
+    A layer's weights are gathered when it runs, forward and backward, and dropped after it. What
+    trains stays whole, and so do norms and embeddings, which are small or used outside the layers.
 
     Args:
-        decoder: an `emrrg.decoder.Decoder`, on `device`, the same in every process.
+        decoder: an `emrrg.decoder.Decoder`, the same in every process. It may be on the CPU: its
+            layers go to the device one by one, so that it need never fit there whole.
         world: the processes.
         device: this process's.
     Raises:
@@ -180,4 +210,5 @@ def shard_decoder(decoder: nn.Module, world: World, device: torch.device) -> Non
                     "--shard-llm: int8 weights cannot be sharded; leave out --llm-int8"
                 )
             trained = {p for p in block.parameters() if p.requires_grad}
-            fully_shard(block, mesh=mesh, ignored_params=trained)
+            # Each block is a root of its own, and a root keeps its weights unless told otherwise.
+            fully_shard(block, mesh=mesh, ignored_params=trained, reshard_after_forward=True)

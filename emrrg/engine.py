@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import math
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +25,18 @@ from emrrg.building import build_model, check_fit, image_size_of
 from emrrg.config import TrainConfig, to_dict
 from emrrg.data.dataset import Batch, Studies, batches, even_batches
 from emrrg.data.images import normalize
-from emrrg.data.loading import load_studies
-from emrrg.distributed import World, replicated, shard_decoder
+from emrrg.data.loading import data_workers, load_studies
+from emrrg.distributed import World, alone, replicated, shard_decoder
 from emrrg.errors import InputError
 from emrrg.evaluation import autocast
 from emrrg.model import IGNORED, ReportGenerator, set_regime
 from emrrg.optim import build_optimizer
 from emrrg.progress import Progress
 from emrrg.runs import (
+    find_checkpoint,
     load_run,
     read_checkpoint,
+    read_state,
     read_tensors,
     save_base,
     save_checkpoint,
@@ -65,8 +68,24 @@ class Session:
     """The training reports as ids, with their end marks."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    step_studies: int
+    """Studies of an optimizer step, all processes and accumulated batches together."""
     features: Tensor | None = None
     """(n, P+1, D) features of the training images, where they are cached."""
+    busy: float = 0.0
+    """Seconds spent in the network: steps, features, generation."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What came of one optimizer step."""
+
+    loss: float
+    """Averaged over the step's tokens; nan or inf where it changed nothing."""
+    failures: list[str]
+    """What could not be read."""
+    stop: bool
+    """Whether any process was told to stop."""
 
 
 def prepare(
@@ -74,28 +93,33 @@ def prepare(
 ) -> Session:
     """Build everything that the steps need: data, model, optimizer."""
     seed_everything(config.seed)
-    if not resuming:
-        check_fit(config)
+    # What is to be sharded may not fit on the device whole.
+    place = torch.device("cpu") if config.shard_llm else device
+    step_studies = config.batch_size * config.accumulate * world.size
     if resuming:
-        model = load_run(run, device=device, which="last")
+        step_studies = read_state(find_checkpoint(run, "last"))["step_studies"]
+        model = load_run(run, device=device, which="last", place=place)
         studies = load_studies(config, model.config.image_size)
     else:
+        check_fit(config)
         studies = load_studies(config, image_size_of(config))
-        model = build_model(config, studies["train"].reports(), device)
+        model = build_model(config, studies["train"].reports(), device, place)
     check_length(model, config)
     if len({str(part) for part in world.gather(model.tokenizer.encode("the heart is ."))}) > 1:
         raise InputError("--tokenizer: the processes do not agree on it; give them one file")
     trained = set(set_regime(model, config.regime or "full"))
     if not resuming:
         if config.blind:
-            set_feature_mean(model, studies["train"], config, device)
+            set_feature_mean(model, studies["train"], config)
         if world.is_main:
             save_base(run, model, trained)
         world.wait()
     store_frozen(model, config, device)
     model.visual_encoder.checkpointing = config.checkpointing
+    model.llama_model.checkpointing = config.checkpointing
     if config.shard_llm:
         shard_decoder(model.llama_model, world, device)
+        model.to(device)
     if config.compile:
         for block in model.visual_encoder.layers:
             block.compile()
@@ -103,23 +127,20 @@ def prepare(
             layer.mlp.compile(dynamic=True)
     parameters = {n: p for n, p in model.named_parameters() if n in trained}
     session = Session(
-        config,
-        device,
-        world,
-        model,
-        replicated(model, world, device),
-        parameters,
-        studies,
-        [model.report_row(report) for report in studies["train"].reports()],
-        build_optimizer(config, parameters),
-        torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
+        config=config,
+        device=device,
+        world=world,
+        model=model,
+        network=replicated(model, world, device),
+        parameters=parameters,
+        studies=studies,
+        rows=[model.report_row(report) for report in studies["train"].reports()],
+        optimizer=build_optimizer(config, parameters),
+        scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
+        step_studies=step_studies,
     )
-    if config.auto_batch:
-        largest = min(world.gather(largest_batch(session)))
-        log.info("--auto-batch: %d studies fit", largest)
-        session.config = dataclasses.replace(config, auto_batch=False, batch_size=largest)
-        if world.is_main and not config.dry_run:
-            write_json(run / "config.json", to_dict(session.config))
+    if config.auto_batch and not resuming:
+        set_batch_size(session, run)
     session.features = cached_features(session)
     return session
 
@@ -143,15 +164,8 @@ def store_frozen(model: ReportGenerator, config: TrainConfig, device: torch.devi
         return
     dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
     for module in model.visual_encoder.modules():
-        if isinstance(module, nn.Linear | PatchConv):
-            for parameter in module.parameters(recurse=False):
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(dtype)
-
-
-def studies_a_step(config: TrainConfig, world: World) -> int:
-    """Studies of an optimizer step, all processes and accumulated batches together."""
-    return config.batch_size * config.accumulate * world.size
+        if isinstance(module, nn.Linear | PatchConv) and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.to(dtype)  # the scan adds biases in fp32
 
 
 def share(studies: Sequence[int], config: TrainConfig, world: World) -> list[list[int]]:
@@ -176,7 +190,7 @@ def read_steps(session: Session, steps: Sequence[Sequence[int]]) -> Iterator[Bat
 
 def training_step(
     session: Session, studies: Sequence[int], reader: Iterator[Batch], stopped: Callable[[], bool]
-) -> tuple[float, list[str], bool]:
+) -> Step:
     """One optimizer step; a loss or gradient that is not finite changes nothing.
 
     Args:
@@ -184,19 +198,13 @@ def training_step(
         studies: the step's studies, of all processes.
         reader: gives this process's batches.
         stopped: whether a signal came.
-    Returns:
-        The loss averaged over the step's tokens (nan or inf where the step was skipped), what could
-        not be read, and whether any process was told to stop.
+    Raises:
+        InputError: a batch does not fit into memory, or a study cannot be read.
     """
     config, world = session.config, session.world
-    session.model.train()
-    session.optimizer.zero_grad(set_to_none=True)
-    tokens = sum(len(session.rows[i]) for i in studies)
-    parts = share(studies, config, world)
     failures: list[str] = []
-    loss = 0.0
     inputs: list[tuple[list[int], Batch | None]] = []
-    for part in parts:
+    for part in share(studies, config, world):
         if session.features is not None:
             inputs.append((part, None))
             continue
@@ -204,27 +212,43 @@ def training_step(
         failures += batch.failures
         if batch.ids:
             inputs.append((batch.indices, batch))
+    read: Sequence[int] = studies
+    if config.bad_images == "skip":  # the mean is over what could be read
+        told = world.gather(([i for part, _ in inputs for i in part], failures))
+        read = [i for part, _ in told for i in part]
+        failures = [line for _, lines in told for line in lines]
+    tokens = sum(len(session.rows[i]) for i in read)
     if not inputs and world.size > 1:  # the others wait for this process's gradients
         inputs.append(([], None))
-    try:
-        for k, (indices, images) in enumerate(inputs):
+
+    started = time.perf_counter()
+    session.model.train()
+    session.optimizer.zero_grad(set_to_none=True)
+    loss = 0.0 if read else math.nan
+    for k, (indices, images) in enumerate(inputs):
+        try:
             loss += backward(session, indices, images, tokens, last=k == len(inputs) - 1)
-    except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"--batch-size: {config.batch_size} studies do not fit into the memory of "
-            f"{session.device}; try --auto-batch, a smaller --batch-size with --accumulate, "
-            "--checkpointing, or --llm-int8"
-        ) from error
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise InputError(does_not_fit(session, indices, images)) from error
     loss, stop = world.total([loss, float(stopped())], session.device)
-    if not math.isfinite(loss):
-        return loss, failures, stop > 0
+    if math.isfinite(loss):
+        loss = update(session, loss)
+    session.busy += time.perf_counter() - started
+    return Step(loss, failures, stop > 0)
+
+
+def update(session: Session, loss: float) -> float:
+    """Apply the gradients; the loss, or nan where the gradients were not finite."""
     session.scaler.unscale_(session.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(session.parameters.values(), config.grad_clip or math.inf)
+    limit = session.config.grad_clip or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(session.parameters.values(), limit)
     if not torch.isfinite(norm) and not session.scaler.is_enabled():
-        return math.nan, failures, stop > 0
+        return math.nan
     session.scaler.step(session.optimizer)
     session.scaler.update()
-    return loss, failures, stop > 0
+    return loss
 
 
 def backward(
@@ -255,23 +279,32 @@ def backward(
         size = session.model.config.image_size
         images = torch.zeros(1, 1, 3, size, size, device=device)
         mask = torch.ones(1, 1, dtype=torch.bool, device=device)
-    together = contextlib.nullcontext()
-    if world.size > 1 and not last:
-        together = session.network.no_sync()  # type: ignore[operator]
-    with together:
+    with contextlib.nullcontext() if last else alone(session.network):
         with autocast(device, session.config.precision):
             loss = session.network(images, mask, labels, features)
         weight = sum(map(len, rows)) / tokens if indices else 0.0
         # DDP averages over the processes; the weights sum to 1 over them.
         session.scaler.scale(loss * (weight * world.size)).backward()
-    return float(loss.detach()) * weight
+    return float(loss.detach()) * weight if indices else 0.0
 
 
-def data_workers(config: TrainConfig, device: torch.device) -> int:
-    """Processes that read images: as asked; none for phantoms (they are in memory) or the CPU."""
-    if config.workers is not None:
-        return config.workers
-    return 0 if config.dataset == "phantoms" or device.type == "cpu" else 8
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
+
+
+def does_not_fit(session: Session, indices: Sequence[int], batch: Batch | None) -> str:
+    """The batch that memory ran out with, and what to do."""
+    names = session.studies["train"].ids()
+    shown = ", ".join(names[i] for i in indices[:4]) + (", ..." if len(indices) > 4 else "")
+    views = batch.images.shape[1] if batch is not None else 1
+    longest = max((len(session.rows[i]) for i in indices), default=0)
+    return (
+        f"--batch-size: {len(indices)} studies ({shown}; up to {views} views, {longest} report "
+        f"tokens) do not fit into the memory of {session.device}; try --auto-batch, a smaller "
+        "--batch-size with --accumulate, --checkpointing, --precision bf16, or --llm-int8"
+    )
 
 
 @torch.no_grad()
@@ -290,6 +323,7 @@ def cached_features(session: Session) -> Tensor | None:
         return None
     if config.epochs < 2 or config.bad_images == "skip":
         return None
+    started = time.perf_counter()
     model.eval()
     plan = even_batches(count, config.eval_batch_size)[world.rank :: world.size]
     features = torch.empty(count, tokens, encoder.dim)
@@ -299,43 +333,79 @@ def cached_features(session: Session) -> Tensor | None:
     ):
         with autocast(session.device, config.precision):
             images = normalize(batch.images.to(session.device))
-            parts.append(
-                (batch.indices, model.features(images, batch.view_mask.to(session.device)).cpu())
-            )
+            part = model.features(images, batch.view_mask.to(session.device))
+            parts.append((batch.indices, part.float().cpu()))
     for indices, part in (item for items in world.gather(parts) for item in items):
-        features[indices] = part.float()
+        features[indices] = part
+    session.busy += time.perf_counter() - started
     log.info("image features are computed once: %.0f MiB", features.nbytes / 2**20)
     return features
 
 
+def set_batch_size(session: Session, run: Path) -> None:
+    """Find the largest batch that fits, and make it the run's."""
+    config, world = session.config, session.world
+    largest = min(world.gather(largest_batch(session)))
+    log.info("--auto-batch: %d studies fit", largest)
+    session.config = dataclasses.replace(config, auto_batch=False, batch_size=largest)
+    session.step_studies = largest * config.accumulate * world.size
+    if world.is_main and not config.dry_run:
+        write_json(run / "config.json", to_dict(session.config))
+
+
 def largest_batch(session: Session) -> int:
-    """The largest batch, by doubling, whose forward and backward pass fits."""
+    """The largest batch whose forward and backward pass fits, all of it as large as any study."""
     longest = max(range(len(session.rows)), key=lambda i: len(session.rows[i]))
-    study = next(batches(session.studies["train"], [[longest]]))
-    room, floor = available_memory(session.device), memory_bytes()
-    fits = size = 1
-    while size <= LARGEST_BATCH:
-        batch = dataclasses.replace(
-            study,
-            indices=[longest] * size,
-            images=study.images.expand(size, *study.images.shape[1:]),
-            view_mask=study.view_mask.expand(size, -1),
+    views, side = max(session.studies["train"].views()), session.model.config.image_size
+    floor, room = memory_bytes(), available_memory(session.device)
+    per_study = 0.0
+    session.model.train()
+
+    def fits(size: int) -> bool:
+        nonlocal per_study
+        # On the CPU an attempt that fails does harm, so it is foretold.
+        if session.device.type == "cpu" and room is not None and size * per_study > 0.8 * room:
+            return False
+        batch = Batch(
+            [longest] * size,
+            [""] * size,
+            torch.zeros(size, views, 3, side, side, dtype=torch.uint8),
+            torch.ones(size, views, dtype=torch.bool),
+            [],
         )
-        session.model.train()
         try:
-            backward(session, batch.indices, batch, size * len(session.rows[longest]), last=True)
-        except torch.OutOfMemoryError:
-            break
-        fits = size
-        growth = memory_bytes() - floor
-        if session.device.type == "cpu" and room is not None and 2 * growth > 0.8 * room:
-            break
-        size *= 2
-    session.optimizer.zero_grad(set_to_none=True)
+            # Each process by itself: they may come to different ends.
+            backward(session, batch.indices, batch, size * len(session.rows[longest]), last=False)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            return False
+        finally:
+            session.optimizer.zero_grad(set_to_none=True)
+        per_study = max(per_study, (memory_bytes() - floor) / size)
+        return True
+
+    largest = largest_that_fits(fits, LARGEST_BATCH)
     if session.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    return fits
+    if not largest:
+        raise InputError(
+            f"--auto-batch: not even one study fits: {does_not_fit(session, [0], None)}"
+        )
+    return largest
+
+
+def largest_that_fits(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest size up to a limit, by doubling and then halving the gap; 0: not even 1."""
+    good, bad = 0, limit + 1
+    while good + 1 < bad:
+        size = max(1, 2 * good) if 2 * good < bad else (good + bad) // 2
+        if fits(size):
+            good = size
+        else:
+            bad = size
+    return good
 
 
 def save(run: Path, session: Session, progress: Progress, *, best: bool = False) -> None:
@@ -355,41 +425,63 @@ def save(run: Path, session: Session, progress: Progress, *, best: bool = False)
         for rank, own in enumerate(everyone):
             for kind, state in zip(("cpu", "cuda"), own, strict=False):
                 tensors[f"rng:{kind}:{rank}"] = state
-        facts = {**progress.state(), "processes": world.size}
+        facts = {
+            **progress.state(),
+            "processes": world.size,
+            "step_studies": session.step_studies,
+        }
         if session.scaler.is_enabled():
             facts["scaler"] = session.scaler.state_dict()
-        save_checkpoint(run, progress.step, session.parameters, tensors, facts, best=best)
+        save_checkpoint(
+            run,
+            progress.step,
+            session.parameters,
+            tensors,
+            facts,
+            best=best,
+            keep=session.config.keep_last,
+        )
     world.wait()
 
 
 def restore(run: Path, session: Session, progress: Progress) -> None:
     """Read back what `save` wrote; the weights are in the model already."""
-    checkpoint = read_checkpoint(run, "last")
-    tensors = read_tensors(checkpoint.folder / "optimizer.safetensors")
+    folder = find_checkpoint(run, "last")
+    state = read_state(folder)
+    tensors = read_tensors(folder / "optimizer.safetensors")
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, kind = key.rpartition(":")
+        moments.setdefault(name, {})[kind] = value
     for name, parameter in session.parameters.items():
-        values = {
-            key.rsplit(":", 1)[1]: value.to(parameter.device if value.ndim else "cpu")
-            for key, value in tensors.items()
-            if key.rsplit(":", 1)[0] == name
-        }
-        if values:
+        if name in moments:
+            values = {k: v.to(parameter.device) for k, v in moments[name].items()}
             session.optimizer.state[parameter] = values
-    rank = session.world.rank
+    rank, size = session.world.rank, session.world.size
     if f"rng:cpu:{rank}" in tensors:
         torch.set_rng_state(tensors[f"rng:cpu:{rank}"])
     else:  # more processes than before
-        seed_everything(session.config.seed + 1 + rank + 1000 * checkpoint.state["step"])
+        seed_everything(session.config.seed + 1 + rank + 1000 * state["step"])
     if f"rng:cuda:{rank}" in tensors and session.device.type == "cuda":
         torch.cuda.set_rng_state(tensors[f"rng:cuda:{rank}"], session.device)
-    if "scaler" in checkpoint.state:
-        session.scaler.load_state_dict(checkpoint.state["scaler"])
-    progress.restore(checkpoint.state)
-    if checkpoint.state["processes"] != session.world.size:
+    if "scaler" in state:
+        session.scaler.load_state_dict(state["scaler"])
+    progress.restore(state)
+    before = state["processes"]
+    if before != size:
         log.info(
-            "saved by %d processes, going on with %d: the epoch begins anew where a step's studies "
-            "differ", checkpoint.state["processes"], session.world.size,
+            "saved by %d processes, going on with %d: still %d studies a step, other dropout",
+            before, size, session.step_studies,
         )  # fmt: skip
     log.info("going on from step %d", progress.step)
+
+
+@torch.no_grad()
+def load_best(run: Path, session: Session) -> None:
+    """Bring the model to the weights of the run's best checkpoint."""
+    weights = read_checkpoint(run, "best").weights
+    for name, parameter in session.parameters.items():
+        parameter.copy_(weights[name])
 
 
 def seed_everything(seed: int) -> None:
@@ -399,15 +491,22 @@ def seed_everything(seed: int) -> None:
 
 
 @torch.no_grad()
-def set_feature_mean(
-    model: ReportGenerator, studies: Studies, config: TrainConfig, device: torch.device
-) -> None:
+def set_feature_mean(model: ReportGenerator, studies: Studies, config: TrainConfig) -> None:
     """The blind control: the mean of the encoder's features over the training images."""
-    encoder = model.visual_encoder.eval()
+    encoder, device = model.visual_encoder.eval(), model.device
     total = torch.zeros_like(model.feature_mean)
     count = 0
-    for batch in batches(studies, even_batches(len(studies), config.eval_batch_size)):
-        tokens = encoder(normalize(batch.images.to(device))[batch.view_mask.to(device)])
-        total += tokens.sum(0)
-        count += len(tokens)
+    plan = even_batches(len(studies), config.eval_batch_size)
+    for batch in batches(
+        studies,
+        plan,
+        workers=data_workers(config, device),
+        skip_bad=config.bad_images == "skip",
+    ):
+        if batch.ids:
+            tokens = encoder(normalize(batch.images.to(device))[batch.view_mask.to(device)])
+            total += tokens.sum(0)
+            count += len(tokens)
+    if not count:
+        raise InputError("--blind: no training image could be read, so there is no mean")
     model.feature_mean.copy_(total / count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from emrrg.config import TrainConfig
 from emrrg.data.dataset import Labels, Studies, batches, even_batches
 from emrrg.data.images import normalize
+from emrrg.data.loading import data_workers
 from emrrg.distributed import World
 from emrrg.errors import InputError
 from emrrg.metrics import score_reports
@@ -35,6 +36,8 @@ class Evaluation:
     ids: list[str]
     hypotheses: list[str]
     references: list[str]
+    seconds: float = 0.0
+    """That the network took to write them, in this process."""
 
     def brief(self) -> dict[str, float | None]:
         """The scores that curves are drawn of."""
@@ -51,19 +54,39 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=dtype)
 
 
+class StoppedError(Exception):
+    """A signal came while reports were written; every process of the run raises it."""
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What `write_reports` returns; see there."""
+
+    indices: list[int]
+    ids: list[str]
+    reports: list[str]
+    failures: list[str]
+    seconds: float
+
+
 def write_reports(
     model: ReportGenerator,
     studies: Studies,
     config: TrainConfig,
     device: torch.device,
+    *,
     label: str = "generating",
     world: World | None = None,
-) -> tuple[list[str], list[str], list[str]]:
+    stopped: Callable[[], bool] = lambda: False,
+) -> _Written:
     """Generate a report for every study, each in exactly one process.
 
     Returns:
-        The ids and the reports in the data set's order, the same in every process; and what could
-        not be read, one line each (with ``bad_images`` "skip"; those studies have the report "").
+        ``indices``, ``ids`` and ``reports`` of the studies that could be read, in the data set's
+        order and the same in every process; ``failures``, one line for each that could not (with
+        ``bad_images`` "skip"); and the ``seconds`` in the network, of this process.
+    Raises:
+        StoppedError: `stopped` said so in some process.
     """
     world = world or World()
     model.eval()
@@ -71,11 +94,15 @@ def write_reports(
     plan = [[mine[i] for i in part] for part in even_batches(len(mine), config.eval_batch_size)]
     written: dict[int, tuple[str, str]] = {}
     failures: list[str] = []
+    busy = 0.0
+    workers, skip = data_workers(config, device), config.bad_images == "skip"
     hidden = not sys.stderr.isatty() or not world.is_main
     with tqdm(total=len(mine), desc=label, leave=False, disable=hidden) as bar:
-        skip = config.bad_images == "skip"
-        for batch in batches(studies, plan, workers=config.workers or 0, skip_bad=skip):
+        for batch in batches(studies, plan, workers=workers, skip_bad=skip):
+            if stopped():
+                break
             failures += batch.failures
+            started = time.perf_counter()
             if batch.ids:
                 images = normalize(batch.images.to(device))
                 with autocast(device, config.precision):
@@ -84,14 +111,20 @@ def write_reports(
                     )
                 for index, name, report in zip(batch.indices, batch.ids, reports, strict=True):
                     written[index] = (name, report)
+            busy += time.perf_counter() - started
             bar.update(len(batch.ids) + len(batch.failures))
     everything: dict[int, tuple[str, str]] = {}
     unread: list[str] = []
-    for part, lines in world.gather((written, failures)):
+    stop = False
+    for part, lines, told in world.gather((written, failures, stopped())):
         everything |= part
         unread += lines
-    pairs = [everything.get(i, ("", "")) for i in range(len(studies))]
-    return [name for name, _ in pairs], [report for _, report in pairs], unread
+        stop |= told
+    if stop:
+        raise StoppedError
+    indices = sorted(everything)
+    ids, texts = ([everything[i][k] for i in indices] for k in (0, 1))
+    return _Written(indices, ids, texts, unread, busy)
 
 
 def evaluate_model(
@@ -105,6 +138,7 @@ def evaluate_model(
     bootstrap: int = 0,
     label: str = "generating",
     world: World | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Generate reports for a data set and score them.
 
@@ -118,41 +152,49 @@ def evaluate_model(
         bootstrap: resamples for the intervals; 0 for none.
         label: what the progress bar says.
         world: the processes that share the work; None: this one alone.
+        stopped: whether a signal came; asked after every batch.
     Returns:
         The same in every process. The scores of `emrrg.metrics.score_reports`, and "clinical" of
         `emrrg.metrics.clinical.score_labels`: the project's labeler on the reports, against the
         labels that the data set knows, or else against the labeler's on the references.
     Raises:
         InputError: no study could be read.
+        StoppedError: as `write_reports`.
     """
+    world = world or World()
     started = time.perf_counter()
-    ids, hypotheses, failures = write_reports(model, studies, config, device, label, world)
-    seconds = time.perf_counter() - started
-    kept = [i for i, name in enumerate(ids) if name]
-    if not kept:
-        raise InputError(f"no study of this split could be read; the first: {failures[0]}")
-    ids, hypotheses = [ids[i] for i in kept], [hypotheses[i] for i in kept]
-    reports, labels = studies.reports(), studies.labels()
-    references, known = [reports[i] for i in kept], [labels[i] for i in kept]
-    scores = score_reports(
-        hypotheses,
-        references,
-        protocol=config.protocol,
-        max_tokens=config.max_report_tokens,
-        bootstrap=bootstrap,
-        seed=config.seed,
-        meteor="auto" if meteor else "off",
-        train_reports=train_reports,
+    written = write_reports(
+        model, studies, config, device, label=label, world=world, stopped=stopped
     )
-    truth, source = true_labels(references, known)
-    scores["clinical"] = clinical_scores(hypotheses, truth, source, bootstrap, config.seed)
-    scores["reports_per_second"] = len(hypotheses) / max(seconds, 1e-9)
-    scores["unreadable"] = failures
-    if train_reports is not None:
-        constant = scores["baselines"]["constant"]
-        same = [constant["report"]] * len(references)
-        constant["clinical"] = clinical_scores(same, truth, source, bootstrap, config.seed)
-    return Evaluation(scores, ids, hypotheses, references)
+    seconds = time.perf_counter() - started
+    if not written.ids:
+        raise InputError(f"no study of this split could be read; the first: {written.failures[0]}")
+    reports, labels = studies.reports(), studies.labels()
+    references = [reports[i] for i in written.indices]
+
+    def score() -> dict[str, Any]:
+        truth, source = true_labels(references, [labels[i] for i in written.indices])
+        scores = score_reports(
+            written.reports,
+            references,
+            protocol=config.protocol,
+            max_tokens=config.max_report_tokens,
+            bootstrap=bootstrap,
+            seed=config.seed,
+            meteor="auto" if meteor else "off",
+            train_reports=train_reports,
+        )
+        settings = (truth, source, bootstrap, config.seed)
+        scores["clinical"] = clinical_scores(written.reports, *settings)
+        scores["reports_per_second"] = len(written.reports) / max(seconds, 1e-9)
+        scores["unreadable"] = written.failures
+        if train_reports is not None:
+            constant = scores["baselines"]["constant"]
+            same = [constant["report"]] * len(references)
+            constant["clinical"] = clinical_scores(same, *settings)
+        return scores
+
+    return Evaluation(world.once(score), written.ids, written.reports, references, written.seconds)
 
 
 def true_labels(

@@ -184,7 +184,7 @@ def heatmap_figure(maps: AttentionMaps) -> Figure:
     views = len(maps.images)
     columns = min(len(maps.sentences), max(1, COLUMNS // views))
     rows = -(-len(maps.sentences) // columns)
-    width, height = max(2.6 * views * columns + 0.8, 5.0), 3.2 * rows + 1.1
+    width, height = max(2.6 * views * columns + 0.8, 5.0), 3.1 * rows + 0.9
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -210,7 +210,7 @@ def heatmap_figure(maps: AttentionMaps) -> Figure:
         axis.set(xlim=(0, views), ylim=(1, 0))
         share = f"class token {float(sentence.class_token.mean()):.0%}"
         text = textwrap.shorten(sentence.text, 110 * views, placeholder=" ...")
-        title = textwrap.fill(f"{text} ({share})", 34 * views)
+        title = f"{textwrap.fill(text, 34 * views)}\n({share})"
         axis.set_title(title, fontsize=8)
     assert shades is not None
     bar = figure.colorbar(shades, ax=axes, shrink=0.7)

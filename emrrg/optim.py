@@ -45,20 +45,22 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in (*STATE_SPACE, *TOKENS)
 
 
-def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+def learning_rate(config: TrainConfig, step: int, total_steps: int, epoch: int) -> float:
     """Linear warm-up, then a cosine to `min_lr`, stepped every step or (the paper) every epoch.
+
+        lr(t) = min_lr + (lr - min_lr) (1 + cos(pi t)) / 2,   t the share of the run that is done
 
     Args:
         config: ``lr``, ``min_lr``, ``warmup_steps``, ``schedule``, ``epochs``.
         step: optimizer steps taken.
         total_steps: of the whole run.
+        epoch: epochs done.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     if config.schedule == "epoch-cosine":
-        steps_an_epoch = math.ceil(total_steps / config.epochs)
-        done = (step // steps_an_epoch) / config.epochs
+        done = epoch / config.epochs
     floor = min(config.min_lr, config.lr)
     return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 

@@ -6,7 +6,8 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from tqdm import tqdm
 from emrrg.config import TrainConfig
 from emrrg.errors import InputError
 from emrrg.jsonl import append_row, read_rows, write_rows
+from emrrg.runs import writing
 from emrrg.system import memory_bytes
 
 log = logging.getLogger("emrrg.train")
 
-SAVED = ("step", "epoch", "batch", "samples", "bad_steps", "bad_images", "waited")
-ESTIMATE_AFTER = 20  # steps, after which the time of an epoch is told
+SAVED = ("step", "epoch", "batch", "samples", "bad_steps", "bad_images", "waited", "losses")
+ESTIMATE_AFTER = 20  # steps at most, after which the time of an epoch is told
 
 
 class Progress:
@@ -38,24 +40,23 @@ class Progress:
         self, run: Path, config: TrainConfig, total_steps: int, epoch_steps: int, quiet: bool
     ) -> None:
         self.path = run / "metrics.jsonl"
-        self.log_every = config.log_every
+        self.run = run
+        self.log_every, self.epochs, self.patience = (
+            config.log_every, config.epochs, config.patience,
+        )  # fmt: skip
+        self.tensorboard = config.tensorboard and not quiet
         self.total_steps, self.epoch_steps = total_steps, epoch_steps
         self.quiet = quiet
         self.step = self.epoch = self.batch = self.samples = 0
         self.bad_steps = self.bad_images = 0
         self.waited = 0  # validations since the best one
         self.best_score = -math.inf
-        self._losses: list[float] = []
+        self.losses: list[float] = []  # since the last line
+        self._unread: set[str] = set()
         self._window_samples = self._window_tokens = self._first_step = 0
         self._board: Any = None
-        if config.tensorboard and not quiet:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise InputError(
-                    "--tensorboard: needs TensorBoard: pip install 'emrrg[tensorboard]'"
-                ) from error
-            self._board = SummaryWriter(str(run / "tensorboard"))
+        if self.tensorboard:
+            summary_writer()
 
     def __enter__(self) -> Progress:
         self._bar = tqdm(
@@ -65,6 +66,9 @@ class Progress:
             disable=self.quiet or not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
+        if self.tensorboard:  # points after a resumed run's step are dropped
+            folder = str(self.run / "tensorboard")
+            self._board = summary_writer()(folder, purge_step=self.step + 1 if self.step else None)
         self._first_step = self.step
         self._started = self._window_started = time.monotonic()
         return self
@@ -90,7 +94,7 @@ class Progress:
         self._window_tokens += tokens
         if math.isfinite(loss):
             self.bad_steps = 0
-            self._losses.append(loss)
+            self.losses.append(loss)
         else:
             self.bad_steps += 1
             self.say(f"step {self.step}: the loss is {loss}; skipped ({', '.join(ids)})")
@@ -99,7 +103,7 @@ class Progress:
         now = time.monotonic()
         taken = self.step - self._first_step
         pace = (now - self._started) / taken
-        if taken == ESTIMATE_AFTER and self.epoch_steps > 2 * ESTIMATE_AFTER:
+        if taken == min(ESTIMATE_AFTER, self.epoch_steps // 4):
             self.say(
                 f"an epoch of {self.epoch_steps} steps takes about {clock(pace * self.epoch_steps)}"
             )
@@ -109,7 +113,7 @@ class Progress:
         row: dict[str, Any] = {
             "step": self.step,
             "epoch": self.epoch,
-            "loss": sum(self._losses) / len(self._losses) if self._losses else None,
+            "loss": sum(self.losses) / len(self.losses) if self.losses else None,
             "lr": lr,
             "studies_per_second": self._window_samples / seconds,
             "tokens_per_second": self._window_tokens / seconds,
@@ -125,25 +129,48 @@ class Progress:
             eta = clock(pace * (self.total_steps - self.step))
             log.info("step %d/%d  %s  ETA %s", self.step, self.total_steps, shown, eta)
         self.write(row)
-        self._losses, self._window_samples, self._window_tokens = [], 0, 0
+        self.losses, self._window_samples, self._window_tokens = [], 0, 0
         self._window_started = now
 
-    def pause(self, seconds: float) -> None:
-        """Time that went to something else (validation, a checkpoint) is no step's."""
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens meanwhile (validation, a checkpoint) is not counted as time of a step."""
+        started = time.monotonic()
+        yield
+        seconds = time.monotonic() - started
         self._started += seconds
         self._window_started += seconds
 
     def unreadable(self, failures: Sequence[str]) -> None:
-        """Name and count images that could not be read."""
+        """Count studies that were left out because an image could not be read; name each once."""
+        self.bad_images += len(failures)
         for line in failures:
-            self.bad_images += 1
-            self.say(f"left out: {line}")
-            self.write({"step": self.step, "unreadable": line})
+            if line not in self._unread:
+                self._unread.add(line)
+                self.say(f"left out: {line}")
+                self.write({"step": self.step, "unreadable": line})
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing left to train: no epoch, no step, or no patience."""
+        if self.batch:  # its epoch is not validated yet
+            return False
+        impatient = 0 < self.patience <= self.waited
+        if impatient:
+            self.say(f"stopped: no better score in {self.waited} validations")
+        return impatient or self.epoch >= self.epochs or self.step >= self.total_steps
 
     def next_epoch(self) -> None:
-        """An epoch is over."""
+        """An epoch is over, and validated."""
         self.epoch += 1
         self.batch = 0
+
+    def judge(self, score: float) -> bool:
+        """Note a validation's score; whether it is the best so far."""
+        best = score > self.best_score
+        self.best_score = max(score, self.best_score)
+        self.waited = 0 if best else self.waited + 1
+        return best
 
     def say(self, text: str) -> None:
         """A line that does not tear the bar."""
@@ -158,7 +185,8 @@ class Progress:
         """Append to `metrics.jsonl`; numbers go to TensorBoard too."""
         if self.quiet:
             return
-        append_row(self.path, row)
+        with writing(self.path):
+            append_row(self.path, row)
         if self._board is not None:
             numbers = {**row, **{f"val/{k}": v for k, v in row.get("val", {}).items()}}
             for name, value in numbers.items():
@@ -175,8 +203,30 @@ class Progress:
         for name in SAVED:
             setattr(self, name, state[name])
         self.best_score = -math.inf if state["best_score"] is None else state["best_score"]
-        if not self.quiet and self.path.exists():
-            write_rows(self.path, [r for r in read_rows(self.path) if r["step"] <= self.step])
+        if not self.quiet:
+            kept = [r for r in read_rows(self.path) if r["step"] <= self.step]
+            # A validation at the end of an epoch that is not over yet comes again.
+            write_rows(self.path, [r for r in kept if "val" not in r or r["epoch"] <= self.epoch])
+
+    def start(self) -> None:
+        """Begin at step 0; what an attempt left that was ended before its first checkpoint goes."""
+        if not self.quiet:
+            write_rows(self.path, [])
+
+
+def summary_writer() -> Any:
+    """TensorBoard's writer.
+
+    Raises:
+        InputError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError(
+            "--tensorboard: needs TensorBoard: pip install 'emrrg[tensorboard]'"
+        ) from error
+    return SummaryWriter
 
 
 def clock(seconds: float) -> str:

@@ -10,18 +10,22 @@
     runs/x/metrics.jsonl  curves.png  samples.md  scores.json  predictions.json
 
 A checkpoint is written under a temporary name, flushed to disk, and renamed; the index names it
-only then. A kill at any moment, or a full disk, leaves the previous checkpoint whole. Only the last
-and the best are kept. Checksums (SHA-256) are compared when a folder is read.
+only then. A kill at any moment, or a full disk, leaves the previous checkpoint whole. The last ones
+(``--keep-last``) and the best are kept. Checksums (SHA-256) are compared when a folder is read.
+
+A folder that `emrrg.export` wrote is read like a run: ``config.json`` says what the model is built
+from, ``weights.safetensors`` holds all of it, adapters merged, and ``tokenizer.model`` lies beside.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,9 +34,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from emrrg.checkpoint import sync_folder, write_safetensors
+from emrrg.checkpoint import FORMAT, sync_folder, write_safetensors
 from emrrg.config import ModelConfig, TrainConfig, from_dict, read_json, to_dict
 from emrrg.decoder import Decoder
+from emrrg.decoder_config import DecoderConfig
 from emrrg.errors import InputError
 from emrrg.generation import GenerationConfig
 from emrrg.model import ReportGenerator
@@ -40,6 +45,8 @@ from emrrg.tokenizer import load_tokenizer
 
 Which = Literal["best", "last"]
 CHECKSUMS = "checksums.json"
+WEIGHTS = "weights.safetensors"
+OPTIMIZER = "optimizer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -62,23 +69,41 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """Turn what the system says when something cannot be written into a line for people.
+
+    Raises:
+        InputError: the disk is full, for instance.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{what}: cannot be written ({error.strerror or error}); what was saved before is "
+            "whole: make room and go on with --resume"
+        ) from error
 
 
 def save_base(run: Path, model: ReportGenerator, trained: Iterable[str]) -> None:
     """Write `run`/base: the model's configuration, its tokenizer, and the weights that stay."""
     base = run / "base"
-    base.mkdir(parents=True, exist_ok=True)
     trained = set(trained)
     frozen = {
         name: tensor
         for name, tensor in state_of(model).items()
         if name not in trained and not _stays_in_llm_folder(model, name)
     }
-    write_safetensors(base / "weights.safetensors", frozen, {"format": "emrrg"})
-    tokenizer = model.tokenizer.save(base)
-    write_checksums(base, ["weights.safetensors", tokenizer.name])
     config = dataclasses.replace(model.config, decoder=model.llama_model.config.to_dict())
-    write_json(base / "model.json", to_dict(config))  # last: it says that the rest is there
+    with writing(base):
+        base.mkdir(parents=True, exist_ok=True)
+        write_safetensors(base / WEIGHTS, frozen, {"format": "emrrg"})
+        tokenizer = model.tokenizer.save(base)
+        write_checksums(base, [WEIGHTS, tokenizer.name])
+        write_json(base / "model.json", to_dict(config))  # last: it says that the rest is there
 
 
 def save_checkpoint(
@@ -89,42 +114,67 @@ def save_checkpoint(
     state: Mapping[str, Any],
     *,
     best: bool,
+    keep: int = 1,
 ) -> None:
-    """Write a checkpoint, make it the last (and the best), and prune what neither names.
+    """Write a checkpoint, make it the last (and the best), and prune older ones.
 
+    Args:
+        run: the run's folder.
+        step: optimizer steps taken; numbers the checkpoint.
+        weights: what trains.
+        optimizer: its moments, and the states of the random generators.
+        state: what else a resumed run needs, for JSON.
+        best: whether these are the best weights so far.
+        keep: how many of the last checkpoints stay, beside the best.
     Raises:
         InputError: it cannot be written, the disk being full for instance; the checkpoint before it
             is whole, and still the last.
     """
     folder = run / "checkpoints" / f"step-{step:06d}"
     temporary = folder.with_name(f".{folder.name}.tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write_safetensors(temporary / "weights.safetensors", dict(weights), {"format": "emrrg"})
-        write_safetensors(temporary / "optimizer.safetensors", dict(optimizer), {"format": "emrrg"})
-        write_json(temporary / "state.json", dict(state))
-        write_checksums(temporary, ["weights.safetensors", "optimizer.safetensors", "state.json"])
+    with writing(folder):
+        _prune(run, read_index(run), keep)
+        try:
+            temporary.mkdir(parents=True)
+            write_safetensors(temporary / WEIGHTS, dict(weights), {"format": "emrrg"})
+            write_safetensors(temporary / OPTIMIZER, dict(optimizer), {"format": "emrrg"})
+            write_json(temporary / "state.json", dict(state))
+            write_checksums(temporary, [WEIGHTS, OPTIMIZER, "state.json"])
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         index = read_index(run)
-        if folder.exists():  # the same step again, after a resume: its weights are the same
-            aside = folder.with_name(f".{folder.name}.old")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(folder, aside)
+        if folder.exists():  # the same step again, validated meanwhile
+            os.rename(folder, _aside(folder))
         os.rename(temporary, folder)
         sync_folder(folder.parent)
         index["last"] = folder.name
         if best or "best" not in index:
             index["best"] = folder.name
         write_json(run / "checkpoints" / "index.json", index)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(
-            f"{folder}: cannot be written ({error.strerror or error}); the checkpoint before it is "
-            f"whole; make room and go on with --resume {run}"
-        ) from error
-    for other in folder.parent.iterdir():
-        if other.is_dir() and other.name not in (index["last"], index["best"]):
-            shutil.rmtree(other, ignore_errors=True)
+    _prune(run, index, keep)
+
+
+def _aside(folder: Path) -> Path:
+    """Where a checkpoint stands while another takes its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _prune(run: Path, index: Mapping[str, Any], keep: int) -> None:
+    """Remove the checkpoints that the rule does not keep, and what a kill left half done."""
+    parent = run / "checkpoints"
+    if not parent.is_dir():
+        return
+    named = {index[which] for which in ("last", "best") if which in index}
+    for name in named:  # killed between the two renames of a repeated step
+        if not (parent / name).exists() and _aside(parent / name).exists():
+            os.rename(_aside(parent / name), parent / name)
+    whole = {int(p.name.removeprefix("step-")): p.name for p in parent.glob("step-*")}
+    newest = int(index["last"].removeprefix("step-")) if "last" in index else -1
+    named |= {whole[step] for step in sorted(step for step in whole if step <= newest)[-keep:]}
+    for path in parent.iterdir():
+        if path.is_dir() and path.name not in named:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def write_checksums(folder: Path, names: Iterable[str]) -> None:
@@ -166,26 +216,37 @@ def read_index(run: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
+def find_checkpoint(run: Path, which: Which) -> Path:
+    """The folder of the last or the best checkpoint of a run.
+
+    Raises:
+        InputError: there is none.
+    """
+    index = read_index(run)
+    if which not in index:
+        raise InputError(f"{run}: holds no checkpoint (no checkpoints/index.json); train first")
+    folder = run / "checkpoints" / index[which]
+    if folder.is_dir():
+        return folder
+    if _aside(folder).is_dir():  # killed between the two renames of a repeated step
+        return _aside(folder)
+    raise InputError(f"{folder}: is missing, though checkpoints/index.json names it")
+
+
 def read_checkpoint(run: Path, which: Which) -> Checkpoint:
     """Read the last or the best checkpoint of a run.
 
     Raises:
         InputError: there is none, or a file of it is damaged (the message names it).
     """
-    index = read_index(run)
-    if which not in index:
-        raise InputError(f"{run}: holds no checkpoint (no checkpoints/index.json); train first")
-    folder = run / "checkpoints" / index[which]
-    if not folder.is_dir():
-        # Killed between the two renames of a repeated step: the old one still stands aside.
-        aside = folder.with_name(f".{folder.name}.old")
-        if not aside.is_dir():
-            raise InputError(f"{folder}: is missing, though checkpoints/index.json names it")
-        folder = aside
+    folder = find_checkpoint(run, which)
     verify_checksums(folder)
-    return Checkpoint(
-        folder, read_json(folder / "state.json"), read_tensors(folder / "weights.safetensors")
-    )
+    return Checkpoint(folder, read_state(folder), read_tensors(folder / WEIGHTS))
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors."""
+    return read_json(folder / "state.json")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -206,13 +267,15 @@ def load_run(
     *,
     device: str | torch.device = "cpu",
     which: Which = "best",
+    place: str | torch.device | None = None,
 ) -> ReportGenerator:
-    """Read a trained model from a run folder.
+    """Read a trained model from a run folder, or from one that `emrrg.export` wrote.
 
     Args:
-        path: the run folder.
-        device: where the weights go.
+        path: the folder.
+        device: where the model will work; a frozen language model is held in bf16 for CUDA.
         which: the ``best`` checkpoint by the validation score, or the ``last``.
+        place: where the weights go for now; None: to the device.
     Returns:
         The model in evaluation mode, its generation settings as the run's configuration says.
     Raises:
@@ -221,28 +284,71 @@ def load_run(
     """
     run = Path(path)
     config = read_model_config(run)
-    checkpoint = read_checkpoint(run, which)
-    verify_checksums(run / "base")
-    tokenizer = load_tokenizer(run / "base")
-    decoder = None
-    if config.llm is not None:
-        decoder = Decoder.from_pretrained(
-            config.llm,
-            hybrid_layers=config.decoder.get("hybrid_layers", ()),
-            hybrid_gate=config.decoder.get("hybrid_gate", "token"),
-            dtype=llm_dtype(device),
-            device=device,
-            int8=config.llm_int8,
-        )
-    model = ReportGenerator(config, tokenizer, decoder)
-    base_file = run / "base" / "weights.safetensors"
-    sources = {
-        **dict.fromkeys(base := read_tensors(base_file), base_file),
-        **dict.fromkeys(checkpoint.weights, checkpoint.folder / "weights.safetensors"),
-    }
-    load_state(model, {**base, **checkpoint.weights}, sources)
+    if is_export(run):
+        verify_checksums(run)
+        tensors, home = read_tensors(run / WEIGHTS), run
+        sources = dict.fromkeys(tensors, run / WEIGHTS)
+    else:
+        checkpoint, home = read_checkpoint(run, which), run / "base"
+        verify_checksums(home)
+        base = read_tensors(home / WEIGHTS)
+        tensors = {**base, **checkpoint.weights}
+        sources = {
+            **dict.fromkeys(base, home / WEIGHTS),
+            **dict.fromkeys(checkpoint.weights, checkpoint.folder / WEIGHTS),
+        }
+    model = ReportGenerator(
+        config, load_tokenizer(home), _decoder(config, tensors, device, place or device)
+    )
+    load_state(model, tensors, sources)
     model.generation = generation_of(read_run_config(run))
-    return model.to(device).eval()
+    return model.to(place or device).eval()
+
+
+def _decoder(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    device: str | torch.device,
+    place: str | torch.device,
+) -> Decoder:
+    """The decoder that a run's tensors go into: of an --llm folder, or bare."""
+    own = [t for n, t in tensors.items() if n.startswith("llama_model.") and _is_llm(n)]
+    if config.llm is None:
+        decoder = Decoder(DecoderConfig(**config.decoder))
+        half = {t.dtype for t in own if t.dtype in (torch.bfloat16, torch.float16)}
+        if half and torch.device(device).type == "cuda":  # stored so
+            hold_frozen(decoder, next(iter(half)))
+        return decoder.to_int8() if config.llm_int8 else decoder
+    return Decoder.from_pretrained(
+        config.llm,
+        hybrid_layers=config.decoder.get("hybrid_layers", ()),
+        hybrid_gate=config.decoder.get("hybrid_gate", "token"),
+        # One that trained is not rounded.
+        dtype=torch.float32 if own else llm_dtype(device),
+        device=place,
+        int8=config.llm_int8,
+    )
+
+
+def is_export(folder: Path) -> bool:
+    """Whether `emrrg.export` wrote a folder."""
+    path = folder / "config.json"
+    return (
+        path.exists()
+        and not (folder / "base").exists()
+        and (values := read_json(path)).get("format") == FORMAT
+        and "model" in values
+    )
+
+
+def trains_llm(run: Path) -> bool:
+    """Whether the best checkpoint of a run holds the language model's own weights."""
+    if is_export(run):
+        return False
+    path = find_checkpoint(run, "best") / WEIGHTS
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+    return any(n.startswith("llama_model.") and _is_llm(n) for n in names)
 
 
 def read_model_config(run: Path) -> ModelConfig:
@@ -251,6 +357,9 @@ def read_model_config(run: Path) -> ModelConfig:
     Raises:
         InputError: not a run folder, or one that was stopped before its model was built.
     """
+    if is_export(run):
+        path = run / "config.json"
+        return from_dict(ModelConfig, read_json(path)["model"], str(path))
     path = run / "base" / "model.json"
     if not path.exists():
         hint = "no such folder" if not run.exists() else "holds no base/model.json"
@@ -287,7 +396,8 @@ def load_state(
 def read_run_config(run: Path) -> TrainConfig:
     """The configuration that a run was trained with."""
     path = run / "config.json"
-    return from_dict(TrainConfig, read_json(path), str(path))
+    values = read_json(path)
+    return from_dict(TrainConfig, values["run"] if is_export(run) else values, str(path))
 
 
 def generation_of(config: TrainConfig) -> GenerationConfig:
@@ -312,7 +422,19 @@ def _stays_in_llm_folder(model: ReportGenerator, name: str) -> bool:
     """Whether a frozen tensor is read from the --llm folder rather than from the run."""
     if model.config.llm is None or not name.startswith("llama_model."):
         return False
+    return _is_llm(name)
+
+
+def _is_llm(name: str) -> bool:
+    """Whether a decoder's tensor is the language model's own, not added to it."""
     return ".cross_attn." not in name and ".lora_" not in name
+
+
+def hold_frozen(decoder: Decoder, dtype: torch.dtype) -> None:
+    """Bring a language model's own weights to a type; what was added to it stays as it is."""
+    for name, parameter in decoder.named_parameters():
+        if _is_llm(name):
+            parameter.data = parameter.data.to(dtype)
 
 
 def llm_dtype(device: str | torch.device) -> torch.dtype:

@@ -64,7 +64,7 @@ class ScoreConfig:
     reference_column: str | None = None
     """Field of the reference reports [default: reference, report, text, ...]."""
     clean: Literal["none", "iu_xray", "mimic_cxr", "plain"] = "none"
-    """Clean both sides first: iu_xray and mimic_cxr as R2Gen does; none collapses white space."""
+    """Clean both sides for the language scores: iu_xray and mimic_cxr as R2Gen does."""
 
     protocol: Literal["full", "r2gen", "r2gengpt"] = "full"
     """full references, or a peer's truncation of them."""
@@ -131,8 +131,16 @@ class ScoreConfig:
 
 @dataclass(frozen=True)
 class _System:
-    """One system's reports in the order of the references."""
+    """One system's reports in the order of the references.
 
+    Attributes:
+        texts: as they are; labels are read in these.
+        reports: cleaned, for the language scores.
+        labels: None without a labeler.
+        labeler: whose labels they are.
+    """
+
+    texts: list[str]
     reports: list[str]
     labels: list[Labels] | None
     labeler: str | None
@@ -159,16 +167,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         split=config.split,
     )
     names = REFERENCES if config.references else REFERENCES[:4]
-    references = _clean(truth.texts(names, config.reference_column), config)
-    true_labels, true_labeler = _labels(config, references, truth, config.reference_labels)
+    texts = truth.texts(names, config.reference_column)
+    labels, labeler = _labels(config, texts, truth, config.reference_labels)
+    reference = _System(texts, _clean(texts, config), labels, labeler)
     first = _read_system(config, own, truth, config.hypothesis_labels)
-    groups = _groups(config, truth)
-    result = score(config, first, references, true_labels, true_labeler, groups, truth)
-    second = None
+    result = score(config, first, reference, truth)
     if config.compare:
         second = _read_system(config, config.compare, truth, config.compare_labels)
-        result["comparison"] = compare(config, first, second, references, true_labels)
-    studies = _per_report(result, truth, first, references, true_labels)
+        result["comparison"] = compare(config, first, second, reference)
+    studies = _per_report(result, truth, first, reference)
     log.info("%s", table(result))
     if config.output:
         _write(Path(config.output), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
@@ -180,24 +187,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def score(
-    config: ScoreConfig,
-    system: _System,
-    references: list[str],
-    true_labels: list[Labels] | None,
-    true_labeler: str | None,
-    groups: Groups,
-    truth: Table,
-) -> dict[str, Any]:
+def score(config: ScoreConfig, system: _System, reference: _System, truth: Table) -> dict[str, Any]:
     """Every score of one system."""
-    train = _training_reports(config)
+    groups = _groups(config, truth)
     neighbours = None
     if config.neighbours:
-        neighbours = _aligned(config, config.neighbours, truth, "--neighbours")
+        neighbours = _clean(_aligned(config, config.neighbours, truth), config)
     result = score_reports(
         system.reports,
-        references,
-        train_reports=train,
+        reference.reports,
+        train_reports=_training_reports(config),
         neighbour_reports=neighbours,
         groups=groups,
         per_report=config.per_report is not None,
@@ -206,22 +205,24 @@ def score(
     )
     result["files"] = {"hypotheses": config.hypotheses, "references": str(truth.path)}
     result["clean"] = config.clean
-    if system.labels is not None and true_labels is not None:
-        source = system.labeler
-        if system.labeler != true_labeler:
-            source = f"hypotheses: {system.labeler}; references: {true_labeler}"
-        result["clinical"] = clinical(config, system.labels, true_labels, str(source), groups)
+    if system.labels is not None and reference.labels is not None:
+        source = str(system.labeler)
+        if system.labeler != reference.labeler:
+            source = f"hypotheses: {system.labeler}; references: {reference.labeler}"
+        result["clinical"] = clinical(config, system.labels, reference.labels, source, groups)
         constant = result["baselines"].get("constant")
         if constant and system.labeler == LABELER:
-            labels = [label_report(constant["report"])] * len(references)
-            constant["clinical"] = clinical(config, labels, true_labels, str(source), {})
+            labels = [label_report(constant["report"])] * len(reference.labels)
+            constant["clinical"] = clinical(config, labels, reference.labels, source, {})
     settings: dict[str, Any] = {"bootstrap": config.bootstrap, "seed": config.seed}
-    result["sides"] = score_sides(system.reports, references, **settings)
+    result["sides"] = score_sides(system.texts, reference.texts, **settings)
     result["comparisons"] = score_comparisons(
-        system.reports, references, has_prior=_priors(config, truth), **settings
+        system.texts, reference.texts, has_prior=_priors(config, truth), **settings
     )
     result["extra"] = {
-        name: external_score(name, system.reports, references, **settings, device=config.device)
+        name: external_score(
+            name, system.reports, reference.reports, **settings, device=config.device
+        )
         for name in config.extra
     }
     return result
@@ -255,11 +256,7 @@ def clinical(
 
 
 def compare(
-    config: ScoreConfig,
-    first: _System,
-    second: _System,
-    references: list[str],
-    true_labels: list[Labels] | None,
+    config: ScoreConfig, first: _System, second: _System, reference: _System
 ) -> dict[str, Any]:
     """Paired tests between two systems, first minus second."""
     result: dict[str, Any] = {
@@ -268,17 +265,17 @@ def compare(
         "language": compare_reports(
             first.reports,
             second.reports,
-            references,
+            reference.reports,
             train_reports=_training_reports(config),
             bootstrap=config.bootstrap,
             **_language_options(config),
         ),
     }
-    if first.labels is not None and second.labels is not None and true_labels is not None:
+    if None not in (first.labels, second.labels, reference.labels):
         result["clinical"] = compare_labels(
-            first.labels,
-            second.labels,
-            true_labels,
+            first.labels or [],
+            second.labels or [],
+            reference.labels or [],
             uncertain=config.uncertain,
             bootstrap=config.bootstrap,
             seed=config.seed,
@@ -346,12 +343,12 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _read_system(config: ScoreConfig, path: str, truth: Table, labels_file: str | None) -> _System:
-    reports = _aligned(config, path, truth, "hypotheses")
-    labels, labeler = _labels(config, reports, truth, labels_file)
-    return _System(reports, labels, labeler)
+    texts = _aligned(config, path, truth)
+    labels, labeler = _labels(config, texts, truth, labels_file)
+    return _System(texts, _clean(texts, config), labels, labeler)
 
 
-def _aligned(config: ScoreConfig, path: str, truth: Table, what: str) -> list[str]:
+def _aligned(config: ScoreConfig, path: str, truth: Table) -> list[str]:
     """The reports of a file in the order of the references; every reference must have one."""
     other = read_table(path, id_column=config.id_column)
     (places,) = match(truth, [other])
@@ -365,11 +362,11 @@ def _aligned(config: ScoreConfig, path: str, truth: Table, what: str) -> list[st
         )
     if left := len(texts) - len(places):
         log.info("%s: %d reports have no reference in %s and are left out", path, left, truth.path)
-    return _clean([texts[place] for place in places if place is not None], config)
+    return [texts[place] for place in places if place is not None]
 
 
 def _labels(
-    config: ScoreConfig, reports: list[str], truth: Table, path: str | None
+    config: ScoreConfig, texts: list[str], truth: Table, path: str | None
 ) -> tuple[list[Labels] | None, str | None]:
     """Labels of reports in the order of the references, and whose they are."""
     if path is not None:
@@ -384,13 +381,13 @@ def _labels(
         return None, None
     if config.labeler == "chexbert":
         assert config.chexbert and config.vocabulary  # __post_init__
-        found = label_reports(reports, config.chexbert, config.vocabulary, device=config.device)
+        found = label_reports(texts, config.chexbert, config.vocabulary, device=config.device)
         return list(found), CHEXBERT
-    return [label_report(report) for report in reports], LABELER
+    return [label_report(text) for text in texts], LABELER
 
 
 def _clean(texts: list[str], config: ScoreConfig) -> list[str]:
-    return [clean_report(text, config.clean) for text in texts]
+    return [clean_report(" ".join(text.split()), config.clean) for text in texts]
 
 
 def _training_reports(config: ScoreConfig) -> list[str] | None:
@@ -450,24 +447,21 @@ def _priors(config: ScoreConfig, truth: Table) -> list[bool | None] | None:
 
 
 def _per_report(
-    result: dict[str, Any],
-    truth: Table,
-    system: _System,
-    references: list[str],
-    true_labels: list[Labels] | None,
+    result: dict[str, Any], truth: Table, system: _System, reference: _System
 ) -> list[dict[str, Any]]:
     """One object a study; its scores are moved out of the result."""
     scores = result.pop("per_report", {})
     rows = []
-    for i, reference in enumerate(references):
+    for i in range(len(reference.reports)):
         row: dict[str, Any] = {
             "id": truth.name(i),
             "hypothesis": system.reports[i],
-            "reference": reference,
+            "reference": reference.reports[i],
             **{name: values[i] for name, values in scores.items()},
         }
-        if system.labels is not None and true_labels is not None:
-            row["predicted_labels"], row["reference_labels"] = system.labels[i], true_labels[i]
+        if system.labels is not None and reference.labels is not None:
+            row["predicted_labels"] = system.labels[i]
+            row["reference_labels"] = reference.labels[i]
         rows.append(row)
     return rows
 

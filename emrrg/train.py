@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import signal
 import sys
 import tempfile
@@ -29,16 +30,17 @@ from emrrg.data.images import normalize
 from emrrg.distributed import World, joined, local_device
 from emrrg.engine import (
     Session,
+    load_best,
     prepare,
     read_steps,
     restore,
     save,
     seed_everything,
-    studies_a_step,
     training_step,
 )
 from emrrg.errors import InputError
 from emrrg.evaluation import (
+    StoppedError,
     autocast,
     evaluate_model,
     format_scores,
@@ -46,25 +48,28 @@ from emrrg.evaluation import (
     write_predictions,
     write_samples,
 )
+from emrrg.model import ReportGenerator
 from emrrg.optim import learning_rate, set_lr
 from emrrg.plots import plot_curves
 from emrrg.progress import Progress, clock
 from emrrg.recipes import source_stage, suggest
 from emrrg.runs import (
     generation_of,
-    load_run,
     mark_finished,
     read_index,
     read_json,
     read_run_config,
-    state_of,
     write_json,
+    writing,
 )
 from emrrg.system import describe_device, memory_bytes, parameter_counts, pick_device
 
 log = logging.getLogger("emrrg.train")
 
+Stopped = Callable[[], bool]
+
 INTERVALS = 1000  # resamples behind the intervals of the final scores
+AGAIN = 1.0  # seconds after which a further SIGINT is a person's second one
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,24 +86,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, given = parse_config(TrainConfig, argv, "emrrg.train", suggest)
     if config.resume is not None:
         config = resumed(Path(config.resume), given)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        torch.use_deterministic_algorithms(True)
     device = local_device(pick_device(config.device))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with joined(device) as world:
-        if not world.is_main:
-            log.setLevel(logging.ERROR)
+        log.setLevel(logging.INFO if world.is_main else logging.ERROR)
         if config.dry_run:
             dry_run(config, device, world)
             return 0
-        run = Path(world.gather(str(run_folder(config)) if world.is_main else "")[0])
+        run = Path(world.once(lambda: str(run_folder(config))))
         if config.resume is None:
             config = dataclasses.replace(config, output=str(run))
             if world.is_main:
                 write_json(run / "config.json", to_dict(config))
-        if config.recipe == "phantoms" and config.init is None:
-            finished = train_phantoms(config, run, device, world)
-        else:
-            finished = train(config, run, device, world)
+        world.wait()
+        if not (run / "config.json").exists():
+            raise InputError(f"--output: {run} must be a folder that all machines share")
+        with stop_on_signals(world) as stopped:
+            train_all = train_phantoms if config.recipe == "phantoms" and not config.init else train
+            try:
+                finished = train_all(config, run, device, world, stopped)
+            except StoppedError:
+                finished = False
     if not finished:
         log.info("interrupted; go on with: python -m emrrg.train --resume %s", run)
         return 130
@@ -118,7 +130,10 @@ def resumed(run: Path, given: Mapping[str, Any]) -> TrainConfig:
     if not (run / "config.json").exists():
         raise InputError(f"--resume: {run} holds no config.json, it is not a run folder")
     config = read_run_config(run)
-    free = {"resume", "device", "threads", "workers", "log_every", "save_every", "epochs"}
+    free = {
+        "resume", "config", "device", "threads", "workers", "log_every", "save_every", "keep_last",
+        "epochs", "bad_steps", "tensorboard",
+    }  # fmt: skip
     for name, value in given.items():
         if name not in free and value != getattr(config, name):
             raise InputError(f"{flag(name)}: cannot change in a run that goes on (--resume {run})")
@@ -132,7 +147,8 @@ def run_folder(config: TrainConfig) -> Path:
         return Path(config.resume)
     if config.output is not None:
         run = Path(config.output)
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        # What is hidden are half-written files of an attempt that a kill ended at once.
+        if run.is_file() or (run.is_dir() and any(p.name[0] != "." for p in run.iterdir())):
             raise InputError(
                 f"--output: {run} exists already; choose another, or go on with --resume {run}"
             )
@@ -151,7 +167,9 @@ def run_folder(config: TrainConfig) -> Path:
     return run
 
 
-def train_phantoms(config: TrainConfig, run: Path, device: torch.device, world: World) -> bool:
+def train_phantoms(
+    config: TrainConfig, run: Path, device: torch.device, world: World, stopped: Stopped
+) -> bool:
     """The two stages of the default run, each of which goes on where it was stopped."""
     folder = run / "source"
     source = dataclasses.replace(source_stage(config), output=str(folder))
@@ -161,16 +179,18 @@ def train_phantoms(config: TrainConfig, run: Path, device: torch.device, world: 
             folder.mkdir(exist_ok=True)
             write_json(folder / "config.json", to_dict(source))
         world.wait()
-        if not train(source, folder, device, world):
+        if not train(source, folder, device, world, stopped):
             return False
     log.info("\n(b) %s: adapt it to target phantoms (%s)", run, config.regime)
     adapt = dataclasses.replace(
         config, init=str(folder), preset=None, image_size=None, tokenizer=None
     )
-    return train(adapt, run, device, world)
+    return train(adapt, run, device, world, stopped)
 
 
-def train(config: TrainConfig, run: Path, device: torch.device, world: World) -> bool:
+def train(
+    config: TrainConfig, run: Path, device: torch.device, world: World, stopped: Stopped
+) -> bool:
     """Train one model from its first step, or its last checkpoint, to the final scores.
 
     Args:
@@ -178,66 +198,66 @@ def train(config: TrainConfig, run: Path, device: torch.device, world: World) ->
         run: the run's folder.
         device: of this process.
         world: the processes of the run.
+        stopped: whether a signal came.
     Returns:
         False if a signal stopped the run (its state is saved), True when it is done.
+    Raises:
+        StoppedError: a signal came while there was nothing to save.
     """
     started = time.monotonic()
     resuming = "last" in read_index(run)
     session = prepare(config, run, device, world, resuming)
-    config = session.config
-    count, size = len(session.studies["train"]), studies_a_step(config, world)
-    steps_an_epoch = math.ceil(count / size)
-    total_steps = config.epochs * steps_an_epoch
-    total_steps = min(total_steps, config.max_steps or total_steps)
+    config, size = session.config, session.step_studies
+    steps_an_epoch = math.ceil(len(session.rows) / size)
+    total_steps = min(config.epochs * steps_an_epoch, config.max_steps or sys.maxsize)
     progress = Progress(run, config, total_steps, steps_an_epoch, quiet=not world.is_main)
     if resuming:
         restore(run, session, progress)
     else:
+        progress.start()
         seed_everything(config.seed + 1 + world.rank)
     summarise(session, total_steps)
-    before = scored_before(run, session) if config.init is not None else None
+    before = scored_before(run, session, stopped) if config.init is not None else None
 
     ids = session.studies["train"].ids()
     lengths = [len(row) for row in session.rows]
-    stopping = False
-    with progress, stop_on_signals() as stopped:
-        while progress.epoch < config.epochs and progress.step < total_steps and not stopping:
-            steps = epoch_steps(
+    with progress:
+        while not progress.over:
+            plan = epoch_steps(
                 lengths, size, seed=config.seed, epoch=progress.epoch, bucket=config.bucket
-            )[progress.batch :]
+            )
+            steps = plan[progress.batch : progress.batch + max(0, total_steps - progress.step)]
             reader = read_steps(session, steps)
             for studies in steps:
-                lr = learning_rate(config, progress.step, total_steps)
+                lr = learning_rate(config, progress.step, total_steps, progress.epoch)
                 set_lr(session.optimizer, lr)
-                loss, failures, stop = training_step(session, studies, reader, stopped)
-                progress.unreadable(failures)
+                step = training_step(session, studies, reader, stopped)
                 names = [ids[i] for i in studies]
-                progress.advance(names, loss, lr, sum(lengths[i] for i in studies))
-                if progress.bad_steps >= config.bad_steps:
+                progress.unreadable(step.failures)
+                progress.advance(names, step.loss, lr, sum(lengths[i] for i in studies))
+                hopeless = progress.bad_steps >= config.bad_steps
+                if progress.step % config.save_every == 0 or step.stop or hopeless:
                     save(run, session, progress)
+                    draw_curves(run, progress)
+                if hopeless:
                     raise InputError(
                         f"--lr: the loss was not finite for {progress.bad_steps} steps in a row "
-                        f"(studies {', '.join(names[:4])}, ...); the state before them is in "
-                        f"{run}; try a smaller --lr or --precision fp32"
+                        f"(the last with studies {', '.join(names[:4])}, ...); the state before "
+                        f"them is in {run}; try a smaller --lr or --precision fp32"
                     )
-                if progress.step % config.save_every == 0 or stop:
-                    save(run, session, progress)
-                if stop:
+                if step.stop:
                     return False
-                if progress.step >= total_steps:
-                    break
-            progress.next_epoch()
-            pause = time.monotonic()
-            best = validate(session, progress, run, total_steps)
-            stopping = 0 < config.patience <= progress.waited
-            if stopping:
-                progress.say(f"stopped: no better score in {progress.waited} validations")
-            save(run, session, progress, best=best)
-            if world.is_main:
-                plot_curves(run / "metrics.jsonl", run / "curves.png")
-            progress.pause(time.monotonic() - pause)
+            with progress.paused():
+                try:
+                    best = validate(session, progress, run, stopped)
+                except StoppedError:  # resumed, the run comes back to this validation
+                    save(run, session, progress)
+                    raise
+                progress.next_epoch()
+                save(run, session, progress, best=best)
+                draw_curves(run, progress)
 
-    finish(run, session, before, time.monotonic() - started)
+    finish(run, session, before, started, stopped)
     return True
 
 
@@ -245,14 +265,13 @@ def summarise(session: Session, total_steps: int) -> None:
     """What trains, from where, on which device."""
     config, model = session.config, session.model
     trainable, total = parameter_counts(model)
-    encoder = sum(p.numel() for p in model.visual_encoder.parameters())
     log.info("device: %s", describe_device(session.device))
     if session.world.size > 1:
         log.info("processes: %d", session.world.size)
     start = config.init or config.vision_checkpoint or "random weights"
     log.info(
         "model: encoder %s, language model %s parameters, from %s",
-        f"{encoder:,}", f"{sum(p.numel() for p in model.llama_model.parameters()):,}", start,
+        f"{encoder_size(model):,}", f"{sum(p.numel() for p in model.llama_model.parameters()):,}", start,
     )  # fmt: skip
     adapters = [*model.config.lora_targets, *model.config.peft]
     log.info(
@@ -263,60 +282,61 @@ def summarise(session: Session, total_steps: int) -> None:
     sizes = ", ".join(f"{len(part)} {name}" for name, part in session.studies.items())
     log.info(
         "data: %s studies (%s); %d steps of %d studies, %d epochs",
-        sizes, config.dataset, total_steps, studies_a_step(config, session.world), config.epochs,
+        sizes, config.dataset, total_steps, session.step_studies, config.epochs,
     )  # fmt: skip
 
 
-def validate(session: Session, progress: Progress, run: Path, total_steps: int) -> bool:
+def validate(session: Session, progress: Progress, run: Path, stopped: Stopped) -> bool:
     """Generate reports for the validation studies at the end of an epoch.
 
     Returns:
         Whether the weights are the best so far (always, where there is no validation).
     """
-    config, studies = session.config, session.studies["val"]
-    last = progress.epoch >= config.epochs or progress.step >= total_steps
+    config, studies, epoch = session.config, session.studies["val"], progress.epoch + 1
     if not config.eval_every or not len(studies):
         return True
-    if progress.epoch % config.eval_every and not last:
+    last = epoch >= config.epochs or progress.step >= progress.total_steps
+    if epoch % config.eval_every and not last:
         return False
     result = evaluate_model(
         session.model, studies, config, session.device, meteor=False, label="validating",
-        world=session.world,
+        world=session.world, stopped=stopped,
     )  # fmt: skip
+    session.busy += result.seconds
     score = selection_score(result.scores, config)
-    progress.say(f"epoch {progress.epoch}: validation {format_scores(result.scores)}")
-    progress.write({"step": progress.step, "epoch": progress.epoch, "val": result.brief()})
-    best = score > progress.best_score
-    progress.best_score = max(score, progress.best_score)
-    progress.waited = 0 if best else progress.waited + 1
+    progress.say(f"epoch {epoch}: validation {format_scores(result.scores)}")
+    progress.write({"step": progress.step, "epoch": epoch, "val": result.brief()})
     if session.world.is_main:
-        write_samples(run, result, studies, "validation")
-    return best
+        with writing(run / "samples.md"):
+            write_samples(run, result, studies, "validation")
+    return progress.judge(score)
 
 
-def scored_before(run: Path, session: Session) -> dict[str, Any]:
+def scored_before(run: Path, session: Session, stopped: Stopped) -> dict[str, Any]:
     """Test scores before training; read back where a resumed run has them already."""
-    path = run / "scores_before.json"
-    if path.exists():
+    path, world = run / "scores_before.json", session.world
+    if all(world.gather(path.exists())):
         return read_json(path)
     result = evaluate_model(
         session.model, session.studies["test"], session.config, session.device,
-        label="before adaptation", bootstrap=INTERVALS, world=session.world,
+        label="before adaptation", bootstrap=INTERVALS, world=world, stopped=stopped,
     )  # fmt: skip
+    session.busy += result.seconds
     log.info("before adaptation: %s", format_scores(result.scores))
-    session.world.wait()
-    if session.world.is_main:
-        write_json(path, result.scores)
+    if world.is_main:
+        with writing(path):
+            write_json(path, result.scores)
     return result.scores
 
 
-def finish(run: Path, session: Session, before: dict[str, Any] | None, seconds: float) -> None:
+def finish(
+    run: Path, session: Session, before: dict[str, Any] | None, started: float, stopped: Stopped
+) -> None:
     """Score the best weights on the test studies and write the results."""
     config, studies = session.config, session.studies
-    trainable, total = parameter_counts(session.model)
-    model = load_run(run, device=session.device, which="best")
+    load_best(run, session)
     result = evaluate_model(
-        model,
+        session.model,
         studies["test"],
         config,
         session.device,
@@ -324,11 +344,13 @@ def finish(run: Path, session: Session, before: dict[str, Any] | None, seconds: 
         bootstrap=INTERVALS,
         label="testing",
         world=session.world,
+        stopped=stopped,
     )
-    session.world.wait()
     if not session.world.is_main:
         return
-    encoder = sum(p.numel() for n, p in state_of(model).items() if n.startswith("visual_encoder."))
+    busy = session.busy + result.seconds
+    seconds = time.monotonic() - started
+    trainable, total = parameter_counts(session.model)
     scores = {
         "after" if before else "test": result.scores,
         **({"before": before} if before else {}),
@@ -336,27 +358,43 @@ def finish(run: Path, session: Session, before: dict[str, Any] | None, seconds: 
             "trainable": trainable,
             "total": total,
             "share": trainable / total,
-            "encoder": encoder,
+            "encoder": encoder_size(session.model),
         },
         "seconds": seconds,
+        "seconds_outside_network": seconds - busy,
         "peak_memory_bytes": memory_bytes(),
         "device": describe_device(session.device),
         "synthetic": config.dataset == "phantoms",
     }
-    write_json(run / "scores.json", scores)
-    write_predictions(run / "predictions.json", result)
-    write_samples(run, result, studies["test"], "test")
-    plot_curves(run / "metrics.jsonl", run / "curves.png")
-    mark_finished(run)
+    with writing(run / "scores.json"):
+        write_json(run / "scores.json", scores)
+        write_predictions(run / "predictions.json", result)
+        write_samples(run, result, studies["test"], "test")
+        plot_curves(run / "metrics.jsonl", run / "curves.png")
+        mark_finished(run)
     log.info("")
     if before:
         log.info("test before: %s", format_scores(before))
     log.info("test%s: %s", " after" if before else "", format_scores(result.scores))
     log.info("constant report: %s", format_scores(result.scores["baselines"]["constant"]))
     log.info(
-        "trained %s of %s parameters (%.2f %%) in %s; results in %s",
-        f"{trainable:,}", f"{total:,}", 100 * trainable / total, clock(seconds), run,
+        "trained %s of %s parameters (%.2f %%) in %s, %.0f %% of it outside the network; results "
+        "in %s",
+        f"{trainable:,}", f"{total:,}", 100 * trainable / total, clock(seconds),
+        100 * (seconds - busy) / seconds, run,
     )  # fmt: skip
+
+
+def encoder_size(model: ReportGenerator) -> int:
+    """Parameters of the encoder, its adapters included."""
+    return sum(p.numel() for p in model.visual_encoder.parameters())
+
+
+def draw_curves(run: Path, progress: Progress) -> None:
+    """Refresh ``curves.png``."""
+    if not progress.quiet:
+        with writing(run / "curves.png"):
+            plot_curves(run / "metrics.jsonl", run / "curves.png")
 
 
 def dry_run(config: TrainConfig, device: torch.device, world: World) -> None:
@@ -365,9 +403,8 @@ def dry_run(config: TrainConfig, device: torch.device, world: World) -> None:
         config = source_stage(config)
     with tempfile.TemporaryDirectory() as folder:
         session = prepare(config, Path(folder), device, world, resuming=False)
-        config = session.config
-        count, size = len(session.studies["train"]), studies_a_step(config, world)
-        steps_an_epoch = math.ceil(count / size)
+        config, size = session.config, session.step_studies
+        steps_an_epoch = math.ceil(len(session.rows) / size)
         summarise(session, config.epochs * steps_an_epoch)
         lengths = [len(row) for row in session.rows]
         # The same step twice: the first one also builds what is built once.
@@ -376,11 +413,11 @@ def dry_run(config: TrainConfig, device: torch.device, world: World) -> None:
         times = []
         for _ in range(2):
             started = time.perf_counter()
-            loss, _, _ = training_step(session, step, reader, lambda: False)
+            loss = training_step(session, step, reader, lambda: False).loss
             times.append(time.perf_counter() - started)
-        part = next(batches(session.studies["train"], [step[: config.eval_batch_size]]))
-        started = time.perf_counter()
+        test, started = session.studies["test"], time.perf_counter()
         session.model.eval()
+        part = next(batches(test, [list(range(min(len(test), config.eval_batch_size)))]))
         with autocast(device, config.precision):
             written = session.model.generate_batch(
                 normalize(part.images.to(device)), part.view_mask.to(device), generation_of(config)
@@ -398,14 +435,18 @@ def dry_run(config: TrainConfig, device: torch.device, world: World) -> None:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Any]:
+def stop_on_signals(world: World) -> Iterator[Stopped]:
     """SIGINT and SIGTERM let the running step finish; a second SIGINT ends at once."""
-    caught: list[int] = []
+    caught: list[float] = []
 
     def handler(number: int, _frame: Any) -> None:
-        if caught and number == signal.SIGINT:
+        now = time.monotonic()
+        # torchrun passes on what the terminal has sent to every process already.
+        if caught and number == signal.SIGINT and now - caught[0] > AGAIN:
             raise KeyboardInterrupt
-        caught.append(number)
+        if not caught and world.is_main:
+            os.write(2, b"\nstopping after this step; again, to end without saving\n")
+        caught.append(now)
 
     previous = {}
     try:

@@ -13,6 +13,7 @@ import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -82,6 +83,10 @@ class Studies(Protocol):
         """What else is known of every study (view, sex, age, ...), without reading an image."""
         ...
 
+    def views(self) -> list[int]:
+        """How many images every study has, without reading one."""
+        ...
+
 
 class RecordStudies(Dataset[Study]):
     """Records of an annotation file; images are read when asked for.
@@ -119,6 +124,9 @@ class RecordStudies(Dataset[Study]):
     def attributes(self) -> list[Mapping[str, Any]]:
         return [record.attributes for record in self.records]
 
+    def views(self) -> list[int]:
+        return [len(record.images) for record in self.records]
+
 
 class PhantomStudies(Dataset[Study]):
     """Synthetic studies, drawn once at the start and kept in memory (S*S bytes each).
@@ -139,8 +147,14 @@ class PhantomStudies(Dataset[Study]):
         draw = partial(_draw, domain=domain, size=size, seed=seed)
         if processes > 1 and count >= 256:
             context = multiprocessing.get_context("fork" if os.name == "posix" else "spawn")
-            with ProcessPoolExecutor(processes, mp_context=context) as pool:
-                phantoms = list(pool.map(draw, indices, chunksize=32))
+            try:
+                with ProcessPoolExecutor(processes, mp_context=context) as pool:
+                    phantoms = list(pool.map(draw, indices, chunksize=32))
+            except BrokenProcessPool as error:
+                raise InputError(
+                    "a process that draws phantoms died; it may have run out of memory: try fewer "
+                    "studies or a smaller --image-size"
+                ) from error
         else:
             phantoms = [draw(i) for i in indices]
         self._ids = [f"phantom-{domain}-{seed}-{i}" for i in indices]
@@ -168,6 +182,9 @@ class PhantomStudies(Dataset[Study]):
 
     def attributes(self) -> list[Mapping[str, Any]]:
         return [{} for _ in self.phantoms]
+
+    def views(self) -> list[int]:
+        return [1] * len(self.phantoms)
 
 
 def _draw(index: int, *, domain: str, size: int, seed: int) -> Any:
@@ -304,8 +321,10 @@ def batches(
 
 
 def _leave_signals(_worker: int) -> None:
-    """Ctrl-C reaches the whole process group; only the training process answers it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C, and a scheduler's SIGTERM, reach the whole process group; only the training process
+    answers them, and then it ends its readers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _generator(*numbers: int) -> np.random.Generator:

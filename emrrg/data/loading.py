@@ -6,6 +6,8 @@ import dataclasses
 import os
 from pathlib import Path
 
+import torch
+
 from emrrg.config import TrainConfig
 from emrrg.data.dataset import PhantomStudies, RecordStudies, Studies
 from emrrg.data.r2gen import read_annotation
@@ -47,12 +49,16 @@ def load_studies(
                 domain=config.domain,
                 size=image_size,
                 seed=config.seed,
-                processes=min(8, os.cpu_count() or 1),
+                processes=_processes(),
             )
         return studies
     if config.annotation is None or config.images is None:
         raise InputError("--annotation and --images: needed for a data set of your own")
-    records = read_annotation(Path(config.annotation), Path(config.images))
+    records = read_annotation(
+        Path(config.annotation),
+        Path(config.images),
+        check_files=config.bad_images == "fail",  # else they are left out when they are read
+    )
     style = config.clean if config.clean != "auto" else STYLES.get(config.dataset or "", "plain")
     for split in splits:
         chosen = [
@@ -65,3 +71,16 @@ def load_studies(
             raise InputError(f"--annotation: {config.annotation} has no {split!r} studies")
         studies[split] = RecordStudies(chosen, image_size)
     return studies
+
+
+def data_workers(config: TrainConfig, device: torch.device) -> int:
+    """Processes that read images: as asked; none for phantoms (they are in memory) or the CPU."""
+    if config.workers is not None:
+        return config.workers
+    return 0 if config.dataset == "phantoms" or device.type == "cpu" else _processes()
+
+
+def _processes() -> int:
+    """At most 8, and no more than this process's share of the machine (torchrun starts several)."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(8, (os.cpu_count() or 1) // here))

@@ -163,8 +163,9 @@ def java() -> str:
 
 
 def one_line(text: str) -> str:
-    """The text as METEOR's line protocol can carry it: single blanks, no field separator."""
-    return " ".join(text.replace("|||", " ").split())
+    """The text as METEOR's line protocol can carry it: single blanks, no field separator, and
+    nothing that UTF-8 cannot hold (half a pair of surrogates)."""
+    return " ".join(text.encode("utf-8", "replace").decode().replace("|||", " ").split())
 
 
 class _Conversation:

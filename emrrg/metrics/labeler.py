@@ -3,9 +3,10 @@
 A report is read sentence by sentence. Phrases of `emrrg.metrics.lexicon` name observations; cues
 around a phrase say that it is denied or doubtful. A cue reaches over the words on its side up to
 the end of the clause, as in NegEx (Chapman et al. 2001, doi:10.1006/jbin.2001.1029) and ConText
-(Harkema et al. 2009, doi:10.1016/j.jbi.2009.05.002), and the nearest cue before a phrase counts. Of
-several mentions of an observation one that affirms outweighs one that doubts, and that outweighs
-one that denies (CheXpert, Irvin et al. 2019, arXiv 1901.07031, section 3).
+(Harkema et al. 2009, doi:10.1016/j.jbi.2009.05.002), unless a verb shows that it belongs to
+something else; the nearest cue in front of a phrase counts. Of several mentions of an observation
+one that affirms outweighs one that doubts, and that outweighs one that denies (CheXpert, Irvin et
+al. 2019, arXiv 1901.07031, section 3).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ LABELER = "emrrg rules 1"
 
 POSITIVE, NEGATIVE, UNCERTAIN = 1, 0, -1
 _STRONGER = {NEGATIVE: 0, UNCERTAIN: 1, POSITIVE: 2}
+_LONGEST_SENTENCE = 600  # characters; a model that repeats itself without a full stop is cut there
 
 
 class Mention(NamedTuple):
@@ -38,12 +40,14 @@ class Mention(NamedTuple):
         observation: one of `OBSERVATIONS`, never "No Finding".
         status: 1 affirmed, 0 denied, -1 doubtful.
         start, end: characters of the phrase in `tidy(text)`.
+        side: "left", "right", "both", or None where none is said.
     """
 
     observation: str
     status: int
     start: int
     end: int
+    side: str | None
 
 
 def label_report(text: str) -> dict[str, int | None]:
@@ -76,9 +80,24 @@ def find_mentions(text: str) -> list[Mention]:
         Mentions with their place in `tidy(text)`.
     """
     return [
-        Mention(m.observation, m.status, m.start + start, m.end + start)
+        mention._replace(start=mention.start + start, end=mention.end + start)
         for start, sentence in sentences(tidy(text))
-        for m in _sentence_mentions(sentence)
+        for mention in _sentence_mentions(sentence)
+    ]
+
+
+def find_comparisons(text: str) -> list[tuple[int, int]]:
+    """Every phrase that compares with an earlier study ("unchanged", "interval increase").
+
+    Args:
+        text: a report.
+    Returns:
+        First and last (exclusive) character of each phrase in `tidy(text)`.
+    """
+    return [
+        (start + first, start + last)
+        for start, sentence in sentences(tidy(text))
+        for first, last in _sentence_comparisons(sentence)
     ]
 
 
@@ -92,108 +111,173 @@ def tidy(text: str) -> str:
 
 
 def sentences(tidied: str) -> Iterator[tuple[int, str]]:
-    """The sentences of a tidied text, each with its first character's place, in lower case."""
+    """The sentences of a tidied text in lower case, each with the place of its first character."""
     lower = tidied.lower()
-    if len(lower) != len(tidied):  # "İ" becomes two
+    if len(lower) != len(tidied):  # "İ" becomes two characters
         lower = "".join(c.lower() if len(c.lower()) == 1 else c for c in tidied)
     start = 0
-    for end in [m.end() for m in _SENTENCE_END.finditer(lower)] + [len(lower)]:
+    for end in [*(m.end() for m in _SENTENCE_END.finditer(lower)), len(lower)]:
+        while False:
+            cut = lower.rfind(" ", start + 1, start + _LONGEST_SENTENCE)
+            cut = cut if cut > 0 else start + _LONGEST_SENTENCE
+            yield start, lower[start:cut]
+            start = cut
         if end > start:
             yield start, lower[start:end]
-        start = end
+            start = end
 
 
-def _any(patterns: Iterable[str]) -> re.Pattern[str]:
-    return re.compile("|".join(f"(?:{p})" for p in patterns).replace("~", lexicon.GAP))
+def _any(patterns: Iterable[str], edge: str = "") -> re.Pattern[str]:
+    joined = "|".join(patterns).replace("~", lexicon.GAP)
+    return re.compile(rf"{edge}(?:{joined}){edge}")
 
 
 _MASKS = _any(lexicon.MASKS)
-_MENTIONS = {name: _any(patterns) for name, patterns in lexicon.MENTIONS.items()}
-_ABSENT = {name: _any(patterns) for name, patterns in lexicon.ABSENT.items()}
+_MENTIONS = {name: _any(patterns, r"\b") for name, patterns in lexicon.MENTIONS.items()}
+_ABSENT = {name: _any(patterns, r"\b") for name, patterns in lexicon.ABSENT.items()}
 _NEGATION_BEFORE = _any(lexicon.NEGATION_BEFORE)
 _NEGATION_AFTER = _any(lexicon.NEGATION_AFTER)
 _UNCERTAIN_BEFORE = _any(lexicon.UNCERTAIN_BEFORE)
 _UNCERTAIN_AFTER = _any(lexicon.UNCERTAIN_AFTER)
 _BARRIERS = _any(lexicon.BARRIERS)
-_VERB = _any(lexicon.VERBS)
+_DENIAL_BARRIERS = _any(lexicon.DENIAL_BARRIERS)
+_RESUMES = re.compile(lexicon.RESUMES)
+_VERBS = _any(lexicon.VERBS)
+_SIDE = re.compile("|".join(f"(?P<{name}>{words})" for name, words in lexicon.SIDES.items()))
+_COMPARISONS = _any(lexicon.COMPARISONS)
+_NO_COMPARISON = _any(lexicon.NO_COMPARISON)
+_JOINED = re.compile(r"^(?:,|,? ?(?:and|or|and/or|/|with|versus)|[ /])*$")
+
+Span = tuple[int, int]
 
 
 @lru_cache(maxsize=1 << 16)
 def _sentence_mentions(sentence: str) -> tuple[Mention, ...]:
     """Mentions of one sentence in lower case; reports repeat sentences, hence the cache."""
-    text = _MASKS.sub(lambda m: "\0" * len(m[0]), sentence)
-    found: list[Mention] = []
-    for observation, pattern in _MENTIONS.items():
-        absent = (
-            [m.span() for m in _ABSENT[observation].finditer(text)]
-            if (observation in _ABSENT)
-            else []
-        )
-        found += [Mention(observation, NEGATIVE, *span) for span in absent]
-        found += [
-            Mention(observation, POSITIVE, *m.span())
-            for m in pattern.finditer(text)
-            if not any(start < m.end() and m.start() < end for start, end in absent)
-        ]
+    text = _MASKS.sub(_blank, sentence)
+    found = sorted(_phrases(text))
     if not found:
         return ()
-    limits = [0, *(m.start() for m in _BARRIERS.finditer(text)), len(text)]
-    uncertain_before = [m.span() for m in _UNCERTAIN_BEFORE.finditer(text)]
-    uncertain_after = [m.span() for m in _UNCERTAIN_AFTER.finditer(text)]
-    doubts = uncertain_before + uncertain_after
-    negations_before = _outside(_NEGATION_BEFORE, text, doubts)
-    negations_after = _outside(_NEGATION_AFTER, text, doubts)
-    mentions = []
-    for m in sorted(found, key=lambda m: (m.start, m.end)):
-        status = m.status
-        if status == POSITIVE:
-            low = max(x for x in limits if x <= m.start)
-            high = min(x for x in limits if x >= m.end)
-            status = _status(
-                text, m, low, high,
-                uncertain_before, uncertain_after, negations_before, negations_after,
-            )  # fmt: skip
-        mentions.append(m._replace(status=status))
-    return tuple(mentions)
+    spans = [(start, end) for start, end, *_ in found]
+    cues, sides = _Cues(text, spans), _sides(text, spans)
+    return tuple(
+        Mention(
+            observation, cues.status(start, end) if affirmed else NEGATIVE, start, end, sides[i]
+        )
+        for i, (start, end, observation, affirmed) in enumerate(found)
+    )
 
 
-Spans = list[tuple[int, int]]
+def _phrases(text: str) -> Iterator[tuple[int, int, str, bool]]:
+    """Start, end, observation, and whether the phrase affirms it unless a cue objects."""
+    for observation, pattern in _MENTIONS.items():
+        denied = (
+            [m.span() for m in _ABSENT[observation].finditer(text)]
+            if observation in _ABSENT
+            else []
+        )
+        for start, end in denied:
+            yield start, end, observation, False
+        for match in pattern.finditer(text):
+            if not _touches(match.span(), denied):
+                yield *match.span(), observation, True
 
 
-def _outside(pattern: re.Pattern[str], text: str, taken: Spans) -> Spans:
-    return [
-        m.span()
-        for m in pattern.finditer(text)
-        if not any(start < m.end() and m.start() < end for start, end in taken)
-    ]
+class _Cues:
+    """The cues of a sentence, and what they make of a phrase in it."""
+
+    def __init__(self, text: str, phrases: list[Span]) -> None:
+        self._text = text
+        self._doubts_before = _spans(_UNCERTAIN_BEFORE, text)
+        self._doubts_after = _spans(_UNCERTAIN_AFTER, text)
+        doubts = self._doubts_before + self._doubts_after  # "cannot be excluded" denies nothing
+        self._denials_before = [
+            s for s in _spans(_NEGATION_BEFORE, text) if not _touches(s, doubts)
+        ]
+        self._denials_after = [s for s in _spans(_NEGATION_AFTER, text) if not _touches(s, doubts)]
+        self._barriers = [start for start, _ in _spans(_BARRIERS, text)]
+        self._denial_barriers = [start for start, _ in _spans(_DENIAL_BARRIERS, text)]
+        self._denial_barriers += [end for _, end in phrases if _RESUMES.match(text, end)]
+
+    def status(self, start: int, end: int) -> int:
+        """1, 0 or -1 for the phrase `text[start:end]`."""
+        if any(self._reaches_back(cue, end) for cue in self._doubts_after):
+            return UNCERTAIN
+        if any(self._reaches_back(cue, end) for cue in self._denials_after):
+            return NEGATIVE
+        doubt = max((c[1] for c in self._doubts_before if self._reaches_on(c, start)), default=-1)
+        denial = max(
+            (
+                c[1]
+                for c in self._denials_before
+                if self._reaches_on(c, start) and not _between(self._denial_barriers, c[1], start)
+            ),
+            default=-1,
+        )
+        if max(doubt, denial) < 0:
+            return POSITIVE
+        return UNCERTAIN if doubt > denial else NEGATIVE
+
+    def _reaches_on(self, cue: Span, start: int) -> bool:
+        """Whether a cue in front of a phrase reaches it."""
+        return (
+            cue[1] <= start
+            and not _between(self._barriers, cue[1], start)
+            and not _VERBS.search(self._text, cue[1], start)
+        )
+
+    def _reaches_back(self, cue: Span, end: int) -> bool:
+        """Whether a cue behind a phrase reaches it."""
+        return (
+            cue[0] >= end
+            and not _between(self._barriers, end, cue[0])
+            and not _VERBS.search(self._text, end, cue[0])
+        )
 
 
-def _status(
-    text: str,
-    mention: Mention,
-    low: int,
-    high: int,
-    uncertain_before: Spans,
-    uncertain_after: Spans,
-    negations_before: Spans,
-    negations_after: Spans,
-) -> int:
-    """What the cues of the clause `text[low:high]` say of a phrase in it."""
+def _sides(text: str, phrases: list[Span]) -> list[str | None]:
+    """The side of each phrase: said inside it, in front of it, behind it, or shared by a list."""
+    words = [(*m.span(), str(m.lastgroup)) for m in _SIDE.finditer(text)]
+    words = [(s, e, side) for s, e, side in words if not text.startswith(" ventric", e)]
+    sides: list[str | None] = []
+    for i, (start, end) in enumerate(phrases):
+        before = max((e for _, e in phrases[:i] if e <= start), default=0)
+        after = min((s for s, _ in phrases[i + 1 :] if s >= end), default=len(text))
+        inside = [side for s, e, side in words if start <= s and e <= end]
+        front = [(e, side) for s, e, side in words if before <= s and e <= start]
+        close = [side for e, side in front if "," not in text[e:start]]
+        behind = [
+            side
+            for s, e, side in words
+            if end <= s and e <= after and not re.search(r"[,;:]|\b(?:but|and)\b", text[end:s])
+        ]
+        said = inside or close[::-1] or behind or [side for _, side in front[::-1]]
+        if said:
+            sides.append(said[0])
+        elif i and _JOINED.match(text[phrases[i - 1][1] : start]):
+            sides.append(sides[-1])
+        else:
+            sides.append(None)
+    return sides
 
-    def reaches_forward(cue: tuple[int, int]) -> bool:
-        start, end = cue
-        return low <= start and end <= mention.start and not _VERB.search(text, end, mention.start)
 
-    def reaches_back(cue: tuple[int, int]) -> bool:
-        start, end = cue
-        return mention.end <= start and end <= high and not _VERB.search(text, mention.end, start)
+@lru_cache(maxsize=1 << 16)
+def _sentence_comparisons(sentence: str) -> tuple[Span, ...]:
+    return tuple(_spans(_COMPARISONS, _NO_COMPARISON.sub(_blank, sentence)))
 
-    if any(map(reaches_back, uncertain_after)):
-        return UNCERTAIN
-    if any(map(reaches_back, negations_after)):
-        return NEGATIVE
-    doubt = max((end for start, end in filter(reaches_forward, uncertain_before)), default=-1)
-    denial = max((end for start, end in filter(reaches_forward, negations_before)), default=-1)
-    if max(doubt, denial) < 0:
-        return POSITIVE
-    return UNCERTAIN if doubt > denial else NEGATIVE
+
+def _blank(match: re.Match[str]) -> str:
+    """As many characters as were matched, none of which any pattern matches."""
+    return "\0" * len(match[0])
+
+
+def _spans(pattern: re.Pattern[str], text: str) -> list[Span]:
+    return [match.span() for match in pattern.finditer(text)]
+
+
+def _touches(span: Span, others: list[Span]) -> bool:
+    return any(start < span[1] and span[0] < end for start, end in others)
+
+
+def _between(places: list[int], start: int, end: int) -> bool:
+    return any(start <= place < end for place in places)

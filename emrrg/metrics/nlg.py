@@ -13,12 +13,14 @@ Protocols:
     r2gen     as R2Gen (arXiv 2010.16056) scores: `max_tokens` - 1 words of each reference, since
               its begin mark takes one place; words rarer than `min_count` in the training
               reports read "<unk>" (where training reports are given).
-    r2gengpt  as R2GenGPT (arXiv 2309.09812) and its heirs score: `max_tokens` tokens of the language
-              model's tokenizer, decoded; whole words where no tokenizer is given, which cuts less.
+    r2gengpt  as R2GenGPT (arXiv 2309.09812) and its heirs score: `max_tokens` tokens of the
+              language model's tokenizer, decoded; whole words where no tokenizer is given, which
+              cuts less.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -35,6 +37,7 @@ from scipy.sparse import csr_matrix
 from emrrg.errors import InputError
 from emrrg.metrics import java
 from emrrg.metrics.bootstrap import LEVEL, Array, interval, paired_p_value, resample
+from emrrg.metrics.groups import Groups
 
 log = logging.getLogger("emrrg.metrics")
 
@@ -88,6 +91,14 @@ class _Statistics:
             values["METEOR"] = self.meteor
         return {name: float(value) for name, value in values.items()}
 
+    def of(self, rows: Sequence[int]) -> _Statistics:
+        """Some of the studies, METEOR from their summed counts."""
+        columns = self.columns[rows]
+        if self.meteor is None:
+            return _Statistics(columns, None)
+        meteor = java.meteor_score(columns[:, _METEOR].sum(0, keepdims=True))
+        return _Statistics(columns, float(meteor[0]))
+
 
 def score_reports(
     hypotheses: Sequence[str],
@@ -104,6 +115,7 @@ def score_reports(
     tokenizer: SubwordTokenizer | None = None,
     min_count: int = 3,
     per_report: bool = False,
+    groups: Groups | None = None,
     timeout: float | None = None,
 ) -> dict[str, Any]:
     """Score generated reports against the radiologists'.
@@ -127,6 +139,8 @@ def score_reports(
         tokenizer: of the language model, for the r2gengpt protocol.
         min_count: r2gen protocol: rarer words are unknown (3 for IU X-ray, 10 for MIMIC-CXR).
         per_report: add the scores of every study, under "per_report".
+        groups: studies by columns (`emrrg.metrics.groups.group_studies`), each scored on its own;
+            CIDEr's document frequencies stay those of the whole set.
         timeout: seconds granted to a Java program; None: by the number of pairs.
     Returns:
         BLEU_1, BLEU_2, BLEU_3, BLEU_4, METEOR, ROUGE_L, CIDEr: floats; METEOR None where it was
@@ -165,6 +179,14 @@ def score_reports(
             baselines[name] = {**text, "METEOR": None, **_scored(own, bootstrap, seed)}
     result["bootstrap"] = _describe_bootstrap(bootstrap, seed)
     result["baselines"] = baselines
+    result["groups"] = {
+        column: {
+            value: {"pairs": len(rows), "METEOR": None}
+            | _scored(statistics[""].of(rows), bootstrap, seed)
+            for value, rows in values.items()
+        }
+        for column, values in (groups or {}).items()
+    }
     result |= {
         "protocol": protocol,
         "tokenization": tokenization,
@@ -489,7 +511,7 @@ def _central(counts: Counter[str]) -> list[str]:
     rows, columns = [], []
     for i, text in enumerate(texts):
         words = text.split()
-        for gram in [*zip(words, strict=True), *zip(words, words[1:], strict=False)]:
+        for gram in [*zip(words, strict=True), *itertools.pairwise(words)]:
             rows.append(i)
             columns.append(vocabulary.setdefault(gram, len(vocabulary)))
     grams = csr_matrix((np.ones(len(rows)), (rows, columns)), (len(texts), len(vocabulary)))
