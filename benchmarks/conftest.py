@@ -60,13 +60,25 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[RECORDS] = []
     if config.getoption("--save") == "" and config.getoption("--size") == "smoke":
         raise pytest.UsageError("--save: a smoke run measures nothing; name a FILE to try it")
-    if config.getoption("--compare"):
+    target = save_path(config)
+    for option, path in (("--save", target), ("--compare", config.getoption("--compare"))):
+        if path is None or (option == "--save" and not Path(path).exists()):
+            continue
         try:
-            stored = results.read(Path(config.getoption("--compare")))
+            stored = results.read(Path(path))
             results.check_machine(stored, machine.describe())
         except results.ResultError as error:
-            raise pytest.UsageError(f"--compare: {error}") from error
-        config.stash[STORED] = stored
+            raise pytest.UsageError(f"{option}: {error}") from error
+        if option == "--compare":
+            config.stash[STORED] = stored
+
+
+def save_path(config: pytest.Config) -> Path | None:
+    """Where ``--save`` puts the results; None: nowhere."""
+    target = config.getoption("--save")
+    if target is None:
+        return None
+    return Path(target) if target else results.path(machine.device_name())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -91,9 +103,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     records = config.stash.get(RECORDS, [])
     if not records:
         return
-    target = config.getoption("--save")
-    if target is not None:
-        path = Path(target) if target else results.FOLDER / f"{machine.slug(machine.device_name())}.json"
+    path = save_path(config)
+    if path is not None:
         stored = results.read(path) if path.exists() else None
         run = {
             "time": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),

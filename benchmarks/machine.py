@@ -32,7 +32,8 @@ def device_name() -> str:
     """The device as people call it; on the CPU with the threads that torch uses."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def cpu_name() -> str:
@@ -45,11 +46,6 @@ def cpu_name() -> str:
     name = re.sub(r"\((R|TM)\)", "", found[1] if found else platform.machine())
     vectors = next((v for v in ("avx512f", "avx2") if re.search(rf"\b{v}\b", text)), None)
     return " ".join(name.split()) + (f" ({vectors.upper().rstrip('F')})" if vectors else "")
-
-
-def slug(name: str) -> str:
-    """A file's name for a device."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,20 +28,25 @@ class ResultError(ValueError):
 Record = dict[str, Any]
 
 
-def read(path: Path) -> dict[str, Any]:
+def path(device: str) -> Path:
+    """Where a device's results are kept."""
+    return FOLDER / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json")
+
+
+def read(file: Path) -> dict[str, Any]:
     """Read a results file.
 
     Raises:
         ResultError: it is missing, damaged, or of another format.
     """
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ResultError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise ResultError(f"{file}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:
-        raise ResultError(f"{path}: is not valid JSON ({error})") from error
+        raise ResultError(f"{file}: is not valid JSON ({error})") from error
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
-        raise ResultError(f"{path}: is not a results file of format {FORMAT}")
+        raise ResultError(f"{file}: is not a results file of format {FORMAT}")
     return stored
 
 
@@ -92,12 +98,12 @@ def check_machine(stored: Mapping[str, Any], machine: Mapping[str, Any]) -> None
             )
 
 
-def write(path: Path, results: Mapping[str, Any]) -> None:
+def write(file: Path, results: Mapping[str, Any]) -> None:
     """Write a results file; a reader finds the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.tmp")
     temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    os.replace(temporary, file)
 
 
 def groups(records: Iterable[Record]) -> dict[tuple[str, str], dict[str, Record]]:

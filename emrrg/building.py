@@ -50,7 +50,9 @@ def check_fit(config: TrainConfig) -> None:
     if config.peft and config.regime != "peft":
         raise InputError(f"--peft: its methods train under --regime peft, not {config.regime}")
     if config.init is not None:
-        for name in ("vision_checkpoint", "llm", "tokenizer", "preset", "image_size"):
+        for name in (
+            "vision_checkpoint", "llm", "tokenizer", "preset", "image_size", "drop_path",
+        ):  # fmt: skip
             if getattr(config, name) is not None:
                 raise InputError(f"{flag(name)}: comes with --init already")
 
@@ -94,6 +96,9 @@ def build_model(
         vision["image_size"] = image_size_of(config)
     if config.image_size is not None:
         vision["image_size"] = config.image_size
+
+    if config.drop_path is not None:
+        vision["drop_path"] = config.drop_path
 
     tokenizer = find_tokenizer(config, reports)
     if config.llm is not None:

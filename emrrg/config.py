@@ -82,6 +82,9 @@ class TrainConfig:
     """Size of the vision Mamba [default: tiny, or what --vision-checkpoint holds]."""
     image_size: int | None = None
     """Image side in pixels, a multiple of 16 [default: 128 for tiny, else 224]."""
+    drop_path: float | None = None
+    """Stochastic depth: the rate at which the encoder's last block drops its branches [default:
+    0.1, or that of --init]."""
     regime: Literal["peft", "full", "encoder", "linear-probe"] | None = None
     """What trains. peft: adapters, projector, hybrid layers; full: everything; encoder: encoder,
     projector, hybrid layers; linear-probe: projector alone. [default: peft on trained weights
@@ -255,10 +258,9 @@ class TrainConfig:
         for name in (
             "epochs", "batch_size", "eval_batch_size", "lora_rank", "vocab_size", "decoder_dim",
             "decoder_layers", "decoder_heads", "max_report_tokens", "beams", "max_new_tokens",
-            "log_every", "save_every", "keep_last", "bad_steps", "source_studies", "source_epochs", "threads",
-            "source_steps",
-            "max_steps", "train_studies", "val_studies", "test_studies", "accumulate",
-            "extra_states", "affix_tokens", "prompt_tokens", "adapter_dim",
+            "log_every", "save_every", "keep_last", "bad_steps", "source_studies", "source_epochs",
+            "threads", "source_steps", "max_steps", "train_studies", "val_studies", "test_studies",
+            "accumulate", "extra_states", "affix_tokens", "prompt_tokens", "adapter_dim",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -273,8 +275,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise InputError(f"{flag(name)}: {value} is below 0")
-        if not 0 <= self.lora_dropout < 1:
-            raise InputError(f"--lora-dropout: {self.lora_dropout} is not in [0, 1)")
+        for name in ("lora_dropout", "drop_path"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
+                raise InputError(f"{flag(name)}: {getattr(self, name)} is not in [0, 1)")
         if self.min_new_tokens > self.max_new_tokens:
             raise InputError(
                 f"--min-new-tokens: {self.min_new_tokens} is above "

@@ -93,6 +93,17 @@ def local_device(device: torch.device) -> torch.device:
 
 
 @contextmanager
+def said_once() -> Iterator[None]:
+    """What is wrong with the command line, the same in every process, process 0 says."""
+    try:
+        yield
+    except InputError:
+        if os.environ.get("RANK", "0") != "0":
+            raise SystemExit(2) from None
+        raise
+
+
+@contextmanager
 def joined(device: torch.device) -> Iterator[World]:
     """Join the processes that torchrun started, for as long as the context lasts.
 

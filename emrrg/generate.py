@@ -1,4 +1,8 @@
-"""Write the report of one study: ``python -m emrrg.generate runs/x frontal.png [lateral.png]``."""
+"""Write reports: ``python -m emrrg.generate runs/x frontal.png [lateral.png]``.
+
+Or of many: ``python -m emrrg.generate runs/x --list studies.csv --output predictions.jsonl``
+goes on where it was stopped; a study that cannot be read is named and left out.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tqdm import tqdm
+
 from emrrg.config import parse_config, run_command
+from emrrg.data.dataset import RecordStudies, batches, even_batches
+from emrrg.data.images import normalize
+from emrrg.data.records import Dropped, Record
+from emrrg.data.tabular import studies
 from emrrg.errors import InputError
 from emrrg.heatmap import attention_maps, draw_heatmap
+from emrrg.jsonl import append_row, read_rows, write_rows
+from emrrg.model import ReportGenerator
 from emrrg.runs import load_run
 from emrrg.system import pick_device
 
@@ -24,12 +36,23 @@ NOTICE = "Generated text, for research only: not a diagnosis."
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Write a radiology report for the views of one study (PNG, JPEG, DICOM, ...)."""
+    """Write a radiology report for the views of one study (PNG, JPEG, DICOM, ...), or reports for
+    a list of studies."""
 
     run: str
     """Run folder that training left."""
     views: tuple[str, ...] = ()
     """Image files: all views of one study."""
+    list: str | None = None
+    """CSV, TSV, JSON or JSON Lines file with image path(s) and, where there is one, an id a row."""
+    output: str | None = None
+    """With --list: JSON Lines file that gets an object a study; what it holds is not done again."""
+    images: str | None = None
+    """With --list: folder that its paths start from [default: the list's own]."""
+    batch_size: int = 16
+    """With --list: studies at once."""
+    workers: int = 0
+    """With --list: processes that read images."""
     json: bool = False
     """Print a JSON object instead of plain text."""
     heatmap: str | None = None
@@ -50,8 +73,17 @@ class GenerateConfig:
     """auto, cpu, cuda, or cuda:N."""
 
     def __post_init__(self) -> None:
-        if not self.views:
-            raise InputError("views: give at least one image file after the run folder")
+        if bool(self.views) == (self.list is not None):
+            raise InputError("views: give image files after the run folder, or --list FILE")
+        if self.list is not None:
+            if self.output is None:
+                raise InputError("--output: needed with --list, a .jsonl file")
+            if self.heatmap is not None or self.json:
+                raise InputError("--heatmap, --json: go with image files, not with --list")
+        elif self.output is not None or self.images is not None:
+            raise InputError("--output, --images: go with --list")
+        if self.batch_size < 1 or self.workers < 0:
+            raise InputError("--batch-size, --workers: at least 1, and not below 0")
         if self.heatmap is not None and Path(self.heatmap).suffix.lower() != ".png":
             raise InputError(f"--heatmap: {self.heatmap} does not end in .png")
 
@@ -77,6 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if (value := getattr(asked, name)) is not None
         },
     )
+    if asked.list is not None:
+        write_list(model, asked)
+        return 0
     report = model.generate([asked.views])[0]
     if asked.heatmap is not None:
         draw_heatmap(attention_maps(model, asked.views, report), Path(asked.heatmap))
@@ -87,6 +122,53 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(report)
         log.info("%s", NOTICE)
     return 0
+
+
+def write_list(model: ReportGenerator, asked: GenerateConfig) -> None:
+    """Write the reports of a list; the output grows batch by batch."""
+    assert asked.list is not None and asked.output is not None
+    table, output = Path(asked.list), Path(asked.output)
+    folder = Path(asked.images) if asked.images is not None else table.parent
+    records = []
+    for study in studies(table, texts=False):
+        if isinstance(study, Dropped) or not study.views:
+            reason = study.reason if isinstance(study, Dropped) else "no image"
+            log.info("left out: %s: %s: %s", table, study.id, reason)
+            continue
+        paths = tuple(folder / view.path for view in study.views)
+        records.append(Record(study.id, "", paths, "test"))
+    kept = [row for row in read_rows(output) if "report" in row]
+    write_rows(output, kept)  # without a torn last line, and what could not be read is tried again
+    done = {row["id"] for row in kept}
+    todo = [record for record in records if record.id not in done]
+    if done:
+        log.info("%s: %d of %d studies are done", output, len(records) - len(todo), len(records))
+    plan = even_batches(len(todo), asked.batch_size)
+    reader = batches(
+        RecordStudies(todo, model.config.image_size, cache_bytes=0),
+        plan,
+        workers=asked.workers,
+        skip_bad=True,
+    )
+    failed = 0
+    bar = tqdm(total=len(todo), unit="study", disable=not sys.stderr.isatty())
+    with bar:
+        for part, batch in zip(plan, reader, strict=True):
+            broken = [i for i in part if i not in batch.indices]
+            for index, line in zip(broken, batch.failures, strict=True):
+                failed += 1
+                tqdm.write(f"left out: {todo[index].id}: {line}", file=sys.stderr)
+                append_row(output, {"id": todo[index].id, "error": line})
+            if batch.ids:
+                images = normalize(batch.images.to(model.device))
+                reports = model.generate_batch(
+                    images, batch.view_mask.to(model.device), model.generation
+                )
+                for name, report in zip(batch.ids, reports, strict=True):
+                    append_row(output, {"id": name, "report": report})
+            bar.update(len(part))
+    log.info("%s: %d reports, %d studies left out", output, len(records) - failed, failed)
+    log.info("%s", NOTICE)
 
 
 if __name__ == "__main__":

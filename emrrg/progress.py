@@ -22,6 +22,7 @@ from emrrg.system import memory_bytes
 log = logging.getLogger("emrrg.train")
 
 SAVED = ("step", "epoch", "batch", "samples", "bad_steps", "bad_images", "waited", "losses")
+PICTURES = 30.0  # seconds between them
 ESTIMATE_AFTER = 20  # steps at most, after which the time of an epoch is told
 
 
@@ -54,6 +55,7 @@ class Progress:
         self.losses: list[float] = []  # since the last line
         self._unread: set[str] = set()
         self._window_samples = self._window_tokens = self._first_step = 0
+        self._drawn = -math.inf
         self._board: Any = None
         if self.tensorboard:
             summary_writer()
@@ -131,6 +133,14 @@ class Progress:
         self.write(row)
         self.losses, self._window_samples, self._window_tokens = [], 0, 0
         self._window_started = now
+
+    def due(self) -> bool:
+        """Whether it is time for another picture; they take half a second each."""
+        now = time.monotonic()
+        if self.quiet or now - self._drawn < PICTURES:
+            return False
+        self._drawn = now
+        return True
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import torch
 from emrrg.config import TrainConfig, flag, parse_config, run_command, to_dict
 from emrrg.data.dataset import batches, epoch_steps
 from emrrg.data.images import normalize
-from emrrg.distributed import World, joined, local_device
+from emrrg.distributed import World, joined, local_device, said_once
 from emrrg.engine import (
     Session,
     load_best,
@@ -83,13 +83,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         InputError: something that the user gave cannot be used.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
-    config, given = parse_config(TrainConfig, argv, "emrrg.train", suggest)
-    if config.resume is not None:
-        config = resumed(Path(config.resume), given)
+    with said_once():
+        config, given = parse_config(TrainConfig, argv, "emrrg.train", suggest)
+        if config.resume is not None:
+            config = resumed(Path(config.resume), given)
+        device = pick_device(config.device)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
         torch.use_deterministic_algorithms(True)
-    device = local_device(pick_device(config.device))
+    device = local_device(device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with joined(device) as world:
@@ -131,14 +133,14 @@ def resumed(run: Path, given: Mapping[str, Any]) -> TrainConfig:
         raise InputError(f"--resume: {run} holds no config.json, it is not a run folder")
     config = read_run_config(run)
     free = {
-        "resume", "config", "device", "threads", "workers", "log_every", "save_every", "keep_last",
+        "resume", "device", "threads", "workers", "log_every", "save_every", "keep_last",
         "epochs", "bad_steps", "tensorboard",
     }  # fmt: skip
     for name, value in given.items():
         if name not in free and value != getattr(config, name):
             raise InputError(f"{flag(name)}: cannot change in a run that goes on (--resume {run})")
     changes = {name: given[name] for name in free & set(given)}
-    return dataclasses.replace(config, **changes, resume=str(run), output=str(run))
+    return dataclasses.replace(config, **{**changes, "resume": str(run), "output": str(run)})
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -183,7 +185,7 @@ def train_phantoms(
             return False
     log.info("\n(b) %s: adapt it to target phantoms (%s)", run, config.regime)
     adapt = dataclasses.replace(
-        config, init=str(folder), preset=None, image_size=None, tokenizer=None
+        config, init=str(folder), preset=None, image_size=None, drop_path=None, tokenizer=None
     )
     return train(adapt, run, device, world, stopped)
 
@@ -237,8 +239,9 @@ def train(
                 progress.advance(names, step.loss, lr, sum(lengths[i] for i in studies))
                 hopeless = progress.bad_steps >= config.bad_steps
                 if progress.step % config.save_every == 0 or step.stop or hopeless:
-                    save(run, session, progress)
-                    draw_curves(run, progress)
+                    with progress.paused():
+                        save(run, session, progress)
+                        draw_curves(run, progress)
                 if hopeless:
                     raise InputError(
                         f"--lr: the loss was not finite for {progress.bad_steps} steps in a row "
@@ -271,7 +274,8 @@ def summarise(session: Session, total_steps: int) -> None:
     start = config.init or config.vision_checkpoint or "random weights"
     log.info(
         "model: encoder %s, language model %s parameters, from %s",
-        f"{encoder_size(model):,}", f"{sum(p.numel() for p in model.llama_model.parameters()):,}", start,
+        f"{encoder_size(model):,}",
+        f"{sum(p.numel() for p in model.llama_model.parameters()):,}", start,
     )  # fmt: skip
     adapters = [*model.config.lora_targets, *model.config.peft]
     log.info(
@@ -391,8 +395,8 @@ def encoder_size(model: ReportGenerator) -> int:
 
 
 def draw_curves(run: Path, progress: Progress) -> None:
-    """Refresh ``curves.png``."""
-    if not progress.quiet:
+    """Refresh ``curves.png``, now and then."""
+    if progress.due():
         with writing(run / "curves.png"):
             plot_curves(run / "metrics.jsonl", run / "curves.png")
 

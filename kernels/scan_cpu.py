@@ -32,8 +32,9 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -88,22 +89,19 @@ def scan_forward(
     scan = _scan(u, delta, A, B, C, D, delta_bias, initial_state, flags, delta_softplus, reverse)
     groups = scan.A.shape[0]
     out_steps, z_steps = _steps(out, groups), None if z is None else _steps(z, groups)
-    last = torch.empty(u.shape[0], groups, *scan.A.shape[1:], dtype=scan.A.dtype)
-    for part, block in scan.blocks():
-        work = _Work(block)
+    last, memory = torch.empty(u.shape[0], *A.shape, dtype=scan.A.dtype), _Memory()
+    for part in scan.parts():
+        block = part.of_scan(scan)
         state = block.start()
-        for begin, end in block.chunks():
-            chunk = block.chunk(begin, end)
-            states, _ = work.states(chunk, state)
-            y = chunk.output(states)
+        for steps in block.chunks():
+            chunk = _Chunk(block, steps, memory)
+            state.copy_(chunk.scan_from(state))
+            y = chunk.output("y")
             if z_steps is not None:
-                y *= F.silu(block.take(part.of_steps(z_steps), begin, end))
-            if chunk.skip is not None:
-                y.masked_fill_(chunk.skip, 0.0)
-            block.put(part.of_steps(out_steps), begin, end, y)
-            state.copy_(states[-1])
-        part.of_state(last).copy_(state)
-    return out, last.transpose(2, 3).reshape(len(last), u.shape[2], A.shape[1])
+                y *= F.silu(chunk.room("gate").copy_(part.of(z_steps)[:, :, steps]), inplace=True)
+            part.of(out_steps)[:, :, steps] = chunk.blank(y)
+        part.of(_state(last, groups)).copy_(state)
+    return out, last
 
 
 def scan_backward(
@@ -174,33 +172,36 @@ def scan_backward(
     end_gradient = None
     if dlast is not None:
         end_gradient = _state(dlast.to(scan.A.dtype), groups)
-    for part, block in scan.blocks():
-        backward = _Backward(
-            block, part.of_grads(grads), None if end_gradient is None else part.of_state(end_gradient)
-        )
-        for begin, end in backward.chunks(need_output=dz is not None):
-            dy = block.take(part.of_steps(dout_steps), begin, end)
+    memory = _Memory()
+    for part in scan.parts():
+        block = part.of_scan(scan)
+        end = None if end_gradient is None else part.of(end_gradient)
+        backward = _Backward(block, part.of_grads(grads), end, dz is not None, memory)
+        for chunk in backward.chunks():
+            dy = chunk.room("dy").copy_(part.of(dout_steps)[:, :, chunk.steps])
             if z_steps is not None:
-                gate = block.take(part.of_steps(z_steps), begin, end)
+                gate = chunk.room("gate").copy_(part.of(z_steps)[:, :, chunk.steps])
                 if dz_steps is not None:
-                    y = backward.chunk.output(backward.states)
-                    y *= dy * _dsilu(gate)
-                    if backward.chunk.skip is not None:
-                        y.masked_fill_(backward.chunk.skip, 0.0)
-                    block.put(part.of_steps(dz_steps), begin, end, y)
-                dy = dy * F.silu(gate)
-            backward.step(begin, end, dy)
-    dB, dC = (_by_sample(g, x) for g, x in ((grads.B, B_given), (grads.C, C_given)))
+                    y = chunk.output("y").mul_(_dsilu(gate)).mul_(dy)
+                    part.of(dz_steps)[:, :, chunk.steps] = chunk.blank(y)
+                dy *= F.silu(gate, inplace=True)
+            backward.step(chunk, chunk.blank(dy))
+    dB, dC = (
+        _of_matrix(g, x)
+        if g is None or x.ndim == 2
+        else _of_groups(g.permute(1, 2, 0, 3), x)
+        for g, x in ((grads.B, B_given), (grads.C, C_given))
+    )
     return (
         du,
         ddelta,
-        _by_channel(grads.A, A),
+        _of_matrix(grads.A, A),
         dB,
         dC,
         _as(grads.D, D),
         dz,
         _as(grads.bias, delta_bias),
-        None if initial_state is None else _by_channel(grads.initial, initial_state),
+        None if grads.initial is None else _as(grads.initial.permute(1, 0, 3, 2), initial_state),
     )
 
 
@@ -234,9 +235,18 @@ def cross_forward(
         _cross_native(u, delta, A, B, C, D, z, delta_bias, orders, out=out)
         return out
     scan = _cross(u, delta, A, B, C, D, delta_bias)
-    total = _cross_sum(scan, z, orders)
+    total = torch.zeros(z.shape, dtype=scan.A.dtype)
+    memory = _Memory()
+    for part in scan.parts():
+        block = part.of_scan(scan)
+        state, tokens = block.start(), part.of_tokens(total)
+        for steps in block.chunks():
+            chunk = _Chunk(block, steps, memory)
+            state.copy_(chunk.scan_from(state))
+            for order, y in zip(orders[:, steps], chunk.output("y"), strict=True):
+                tokens.index_add_(1, order, y)
     total *= F.silu(z.to(total.dtype))
-    return total.to(z.dtype)
+    return total.div_(len(orders)).to(z.dtype)
 
 
 def cross_backward(
@@ -274,37 +284,33 @@ def cross_backward(
         return du, ddelta, _as(dA, A), dB, dC, _as(dD, D), dz, _as(dbias, delta_bias)
     scan = _cross(u, delta, A, B, C, D, delta_bias)
     dtype = scan.A.dtype
-    du_steps, ddelta_steps = (None if x is None else x.permute(2, 1, 0, 3) for x in (du, ddelta))
-    grads = _Grads.zeros(scan, du_steps, ddelta_steps, [*needs[2:6], needs[7], False])
+    grads = _Grads.zeros(scan, du, ddelta, [*needs[2:6], needs[7], False])
     gate = z.to(dtype)
     dy_tokens = dout.to(dtype) * F.silu(gate)
     dy_tokens /= len(orders)
     total = torch.zeros(z.shape, dtype=dtype) if needs[6] else None
-    for part, block in scan.blocks():
-        backward = _Backward(block, part.of_grads(grads), None)
-        if not needs[6] and not backward.any:
-            continue
-        for begin, end in backward.chunks(need_output=total is not None):
+    memory = _Memory()
+    for part in scan.parts():
+        block = part.of_scan(scan)
+        backward = _Backward(block, part.of_grads(grads), None, total is not None, memory)
+        for chunk in backward.chunks():
+            dy = chunk.room("dy")
+            for order, rows in zip(orders[:, chunk.steps], dy, strict=True):
+                torch.index_select(part.of_tokens(dy_tokens), 1, order, out=rows)
             if total is not None:
-                y = backward.chunk.output(backward.states)
-                part.add_tokens(total, orders[:, begin:end], y)
-            if backward.any:
-                dy = part.take_tokens(dy_tokens, orders[:, begin:end])
-                backward.step(begin, end, dy)
+                for order, y in zip(orders[:, chunk.steps], chunk.output("y"), strict=True):
+                    part.of_tokens(total).index_add_(1, order, y)
+            backward.step(chunk, dy)
     dz = None
     if total is not None:
         total *= dout.to(dtype) * _dsilu(gate) / len(orders)
         dz = total.to(z.dtype)
-    dB, dC = (
-        None if g is None else g.permute(2, 1, 0, 3).to(x.dtype)
-        for g, x in ((grads.B, B), (grads.C, C))
-    )
     return (
         du,
         ddelta,
-        _by_channel(grads.A, A),
-        dB,
-        dC,
+        _of_matrix(grads.A, A),
+        _as(grads.B, B),
+        _as(grads.C, C),
         _as(grads.D, D),
         dz,
         _as(grads.bias, delta_bias),
@@ -403,79 +409,54 @@ def native_error() -> str | None:
     return _native().error
 
 
-# The scan in plain torch.
+# The scan in plain torch. Its tensors are laid out (groups, samples, steps, ..., channels of a group):
+# operations on a chunk and on one step of it then share their work among threads in the same way,
+# and a core finds in its own cache what it wrote before.
 
 
 @dataclass(frozen=True)
 class _Scan:
-    """Views of a scan's inputs by step: (L, B, G, D) and so on; D are a group's channels."""
+    """Inputs of a scan, views where they can be; D are the channels of a group."""
 
-    u: Tensor  # (L, B, G, D)
-    delta: Tensor  # (L, B, G, D)
-    A: Tensor  # (G, N, D) in the precision that is computed in
-    B: Tensor  # (L, B, G, N), or (G, N, D) where it does not depend on the input
+    u: Tensor  # (G, B, L, D)
+    delta: Tensor  # (G, B, L, D)
+    A: Tensor  # (G, 1, 1, N, D) in the precision that is computed in
+    B: Tensor  # (G, B, L, N) in that precision, or (G, 1, 1, N, D) where it is fixed
     C: Tensor
-    D: Tensor | None  # (G, D)
-    bias: Tensor | None  # (G, D)
-    initial: Tensor | None  # (B, G, N, D)
-    flags: Tensor | None  # (L, B)
+    D: Tensor | None  # (G, 1, 1, D)
+    bias: Tensor | None  # (G, 1, 1, D)
+    initial: Tensor | None  # (G, B, N, D)
+    flags: Tensor | None  # (B, L)
     softplus: bool
     reverse: bool
 
-    def blocks(self) -> Iterator[tuple[_Part, _Scan]]:
-        """Ranges of samples and channels so small that a chunk of them fits the caches."""
-        _, batch, groups, dim = self.u.shape
-        state = self.A.shape[1]
+    def parts(self) -> Iterator[_Part]:
+        """Ranges of samples and channels of which a few steps' states fit a chunk."""
+        groups, batch, _, dim = self.u.shape
+        state = self.A.shape[-2]
         budget = max(1, CHUNK // max(MIN_STEPS, state // 4))  # elements of a step
-        channels = min(dim, max(1, budget // (groups * state)))
-        samples = max(1, budget // (groups * state * max(channels, 1)))
+        channels = _share(dim, budget // (groups * state))
+        samples = _share(batch, budget // max(1, groups * state * channels))
         for sample in range(0, batch, samples):
-            for channel in range(0, dim, max(channels, 1)):
-                part = _Part(slice(sample, sample + samples), slice(channel, channel + channels))
-                yield part, part.of_scan(self)
+            for channel in range(0, dim, channels):
+                yield _Part(slice(sample, sample + samples), slice(channel, channel + channels))
 
-    def chunks(self) -> list[tuple[int, int]]:
-        """Steps [begin, end) of each chunk, in the order of the visit."""
-        length, batch, groups, dim = self.u.shape
-        state = self.A.shape[1]
-        steps = max(CHUNK // max(1, batch * groups * dim * state), MIN_STEPS, state // 4)
-        return [(t, min(t + steps, length)) for t in range(0, length, steps)]
+    def chunks(self) -> list[slice]:
+        """The steps of each chunk, in the order of the visit."""
+        groups, batch, length, dim = self.u.shape
+        state = self.A.shape[-2]
+        most = max(CHUNK // max(1, groups * batch * dim * state), MIN_STEPS, state // 4)
+        size = _share(length, most)
+        if self.reverse:
+            return [slice(max(0, t - size), t) for t in range(length, 0, -size)]
+        return [slice(t, min(t + size, length)) for t in range(0, length, size)]
 
     def start(self) -> Tensor:
-        """(B, G, N, D), the state before the first step, free to be written."""
+        """(G, B, N, D), the state before the first step, free to be written."""
         if self.initial is not None:
             return self.initial.clone(memory_format=torch.contiguous_format)
-        return self.A.new_zeros(self.u.shape[1], *self.A.shape)
-
-    def take(self, x: Tensor, begin: int, end: int) -> Tensor:
-        """Steps of x (L, ...) as visited, contiguous, in the precision computed in; maybe x itself."""
-        x = _visited(x, begin, end, self.reverse)
-        return x.to(self.A.dtype, memory_format=torch.contiguous_format).contiguous()
-
-    def put(self, x: Tensor, begin: int, end: int, value: Tensor) -> None:
-        """Write what `take` would give."""
-        if self.reverse:
-            x[len(x) - end : len(x) - begin] = value.flip(0)
-        else:
-            x[begin:end] = value
-
-    def chunk(self, begin: int, end: int) -> _Chunk:
-        """Some steps, ready to be computed with."""
-        u, delta = self.take(self.u, begin, end), self.take(self.delta, begin, end)
-        B, C = (t if t.ndim == 3 else self.take(t, begin, end) for t in (self.B, self.C))
-        reset = skip = None
-        if self.bias is not None:
-            delta = delta + self.bias
-        step = F.softplus(delta) if self.softplus else delta
-        if self.flags is not None:
-            flags = _visited(self.flags, begin, end, self.reverse)
-            reset = (flags & RESET).bool()[..., None, None, None]
-            skip = (flags & SKIP).bool()[..., None, None]
-            # A step of size 0 of an input 0: what padding holds, even NaN, reaches nothing.
-            step = step.masked_fill(skip, 0.0)
-            u = u.masked_fill(skip, 0.0)
-            B, C = (t if t.ndim == 3 else t.masked_fill(skip, 0.0) for t in (B, C))
-        return _Chunk(u, delta, step, step * u, B, C, self.D, reset, skip)
+        groups, batch, _, dim = self.u.shape
+        return self.A.new_zeros(groups, batch, self.A.shape[-2], dim)
 
 
 @dataclass(frozen=True)
@@ -485,115 +466,48 @@ class _Part:
     samples: slice
     channels: slice
 
-    def of_steps(self, x: Tensor) -> Tensor:
-        """Of (L, B, G, D)."""
+    def of(self, x: Tensor) -> Tensor:
+        """Of (G, B, L, D), or of a state (G, B, N, D)."""
         return x[:, self.samples, :, self.channels]
 
-    def of_state(self, x: Tensor) -> Tensor:
-        """Of (B, G, N, D)."""
-        return x[self.samples, :, :, self.channels]
+    def of_tokens(self, x: Tensor) -> Tensor:
+        """Of (B, L, D)."""
+        return x[self.samples, :, self.channels]
+
+    def _coefficients(self, x: Tensor) -> Tensor:
+        return x[..., self.channels] if x.ndim == 5 else x[:, self.samples]
 
     def of_scan(self, scan: _Scan) -> _Scan:
         """Of all inputs."""
-
-        def input_or_fixed(x: Tensor) -> Tensor:
-            return x[..., self.channels] if x.ndim == 3 else x[:, self.samples]
-
         return replace(
             scan,
-            u=self.of_steps(scan.u),
-            delta=self.of_steps(scan.delta),
-            A=scan.A[..., self.channels],
-            B=input_or_fixed(scan.B),
-            C=input_or_fixed(scan.C),
+            u=self.of(scan.u),
+            delta=self.of(scan.delta),
+            A=scan.A[..., self.channels].contiguous(),
+            B=self._coefficients(scan.B),
+            C=self._coefficients(scan.C),
             D=None if scan.D is None else scan.D[..., self.channels],
             bias=None if scan.bias is None else scan.bias[..., self.channels],
-            initial=None if scan.initial is None else self.of_state(scan.initial),
-            flags=None if scan.flags is None else scan.flags[:, self.samples],
+            initial=None if scan.initial is None else self.of(scan.initial),
+            flags=None if scan.flags is None else scan.flags[self.samples],
         )
 
     def of_grads(self, grads: _Grads) -> _Grads:
         """Of all gradients; those of samples that share a parameter stand in the same place."""
-
-        def part(name: str) -> Tensor | None:
-            x = getattr(grads, name)
-            if x is None:
-                return None
-            if name in ("u", "delta"):
-                return self.of_steps(x)
-            if name == "initial":
-                return self.of_state(x)
-            return x[:, self.samples] if x.ndim == 4 else x[..., self.channels]
-
-        return _Grads(**{f.name: part(f.name) for f in fields(grads)})
-
-    def take_tokens(self, x: Tensor, orders: Tensor) -> Tensor:
-        """(S, B, K, D) of x (B, L, D): what the orders (K, S) visit."""
-        x = x[self.samples, :, self.channels]
-        rows = [x.index_select(1, order) for order in orders]
-        return torch.stack(rows, dim=2).transpose(0, 1).contiguous()
-
-    def add_tokens(self, x: Tensor, orders: Tensor, value: Tensor) -> None:
-        """Add to x (B, L, D) what `take_tokens` would give."""
-        x = x[self.samples, :, self.channels]
-        for k, order in enumerate(orders):
-            x.index_add_(1, order, value[:, :, k].transpose(0, 1))
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """S steps of the inputs; `before` and `step` are the step size before and after softplus."""
-
-    u: Tensor  # (S, B, G, D)
-    before: Tensor
-    step: Tensor
-    step_u: Tensor
-    B: Tensor  # (S, B, G, N) or (G, N, D)
-    C: Tensor
-    D: Tensor | None
-    reset: Tensor | None  # (S, B, 1, 1, 1) bool
-    skip: Tensor | None  # (S, B, 1, 1) bool
-
-    def output(self, states: Tensor) -> Tensor:
-        """<C, h> + D u, (S, B, G, D)."""
-        y = _sum_states(self.C, states)
-        return y if self.D is None else y.addcmul_(self.D, self.u)
-
-
-class _Work:
-    """The two buffers of a block: decays and states of a chunk, (S, B, G, N, D)."""
-
-    def __init__(self, scan: _Scan) -> None:
-        chunks = scan.chunks()
-        steps = chunks[0][1] if chunks else 0
-        shape = (steps, scan.u.shape[1], *scan.A.shape)
-        self.decay, self.state = (scan.A.new_empty(shape) for _ in range(2))
-        self.A = scan.A.contiguous()
-
-    def decays(self, chunk: _Chunk) -> Tensor:
-        """exp(d A), 0 where a sequence begins."""
-        decay = self.decay[: len(chunk.u)]
-        torch.mul(chunk.step[..., None, :], self.A, out=decay)
-        decay.exp_()
-        if chunk.reset is not None:
-            decay.masked_fill_(chunk.reset, 0.0)
-        return decay
-
-    def states(self, chunk: _Chunk, start: Tensor) -> tuple[Tensor, Tensor]:
-        """h after each step of the chunk, and the decays."""
-        decay = self.decays(chunk)
-        states = self.state[: len(chunk.u)]
-        _outer(chunk.B, chunk.step_u, out=states)
-        before = start
-        for h, a in zip(states.unbind(), decay.unbind(), strict=True):
-            h.addcmul_(a, before)
-            before = h
-        return states, decay
+        part = {}
+        for field in fields(grads):
+            x = getattr(grads, field.name)
+            if x is not None and field.name in ("u", "delta", "initial"):
+                x = self.of(x)
+            elif x is not None:
+                x = self._coefficients(x) if field.name in "BC" else x[..., self.channels]
+            part[field.name] = x
+        return _Grads(**part)
 
 
 @dataclass
 class _Grads:
-    """Gradients laid out as in `_Scan`, None where not needed; steps in the inputs' dtype."""
+    """Gradients laid out as in `_Scan`, None where not needed; u's and delta's in their dtype."""
 
     u: Tensor | None
     delta: Tensor | None
@@ -617,120 +531,222 @@ class _Grads:
         return cls(u, delta, *sums)
 
 
-class _Backward:
-    """The backward of one block: `for begin, end in chunks(): step(begin, end, dy)`.
+class _Memory:
+    """Buffers by name, for chunk after chunk: fresh memory costs as much as what is computed in it."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Tensor] = {}
+
+    def room(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """A contiguous buffer, the same for the same name; what it held is lost."""
+        size = prod(shape)
+        buffer = self.buffers.get(name)
+        if buffer is None or len(buffer) < size:
+            buffer = self.buffers[name] = like.new_empty(size)
+        return buffer[:size].view(shape)
+
+
+class _Chunk:
+    """Some steps of a part of a scan: what they read, and their states.
 
     Args:
-        scan: the block.
-        grads: where its gradients go.
-        end: (B, G, N, D), the last state's gradient; None: zeros.
+        scan: the part.
+        steps: a slice of 0 ... L-1.
+        memory: where everything is put; the next chunk puts it at the same places.
     """
 
-    chunk: _Chunk
-    states: Tensor
+    states: Tensor  # h after each step, (G, B, S, N, D)
+    decay: Tensor  # exp(d A)
 
-    def __init__(self, scan: _Scan, grads: _Grads, end: Tensor | None) -> None:
-        self.scan, self.grads, self.work = scan, grads, _Work(scan)
-        self.decay: Tensor = self.work.decay
-        self.gradient = torch.empty_like(self.work.decay)
-        self.carry = scan.A.new_zeros(scan.u.shape[1], *scan.A.shape) if end is None else end.clone()
-        g = grads
+    def __init__(self, scan: _Scan, steps: slice, memory: _Memory) -> None:
+        self.scan, self.steps, self.memory = scan, steps, memory
+        self.u = scan.u[:, :, steps]
+        self.small = tuple(self.u.shape)  # (G, B, S, D)
+        self.large = (*self.small[:3], scan.A.shape[-2], self.small[3])
+        self.B, self.C = (x if x.ndim == 5 else x[:, :, steps] for x in (scan.B, scan.C))
+        delta, before = scan.delta[:, :, steps], self.room("before")
+        if scan.bias is None:
+            before.copy_(delta)
+        else:
+            torch.add(delta, scan.bias, out=before)
+        self.before, self.step = before, F.softplus(before) if scan.softplus else before
+        self.reset = self.skip = None
+        if scan.flags is not None:
+            flags = scan.flags[:, steps]
+            self.reset = (flags & RESET).bool()[None, ..., None, None]
+            self.skip = (flags & SKIP).bool()[None, ..., None]
+            # A step of size 0 of an input 0: what padding holds, even NaN, reaches nothing.
+            self.u = self.u.masked_fill(self.skip, 0.0)
+            self.step.masked_fill_(self.skip, 0.0)
+            self.B, self.C = (
+                x if x.ndim == 5 else x.masked_fill(self.skip, 0.0) for x in (self.B, self.C)
+            )
+        self.step_u = torch.mul(self.step, self.u, out=self.room("step_u"))
+
+    def room(self, name: str) -> Tensor:
+        """A buffer (G, B, S, D)."""
+        return self.memory.room(name, self.small, self.scan.A)
+
+    def large_room(self, name: str) -> Tensor:
+        """A buffer (G, B, S, N, D)."""
+        return self.memory.room(name, self.large, self.scan.A)
+
+    def visit(self, x: Tensor) -> Sequence[Tensor]:
+        """The steps in the order of the visit."""
+        steps = x.unbind(2)
+        return steps[::-1] if self.scan.reverse else steps
+
+    def blank(self, x: Tensor) -> Tensor:
+        """x (G, B, S, D), made 0 in padding."""
+        return x if self.skip is None else x.masked_fill_(self.skip, 0.0)
+
+    def decays(self) -> None:
+        """Compute `decay`, 0 where a sequence begins."""
+        self.decay = self.large_room("decay")
+        torch.mul(self.step[:, :, :, None], self.scan.A, out=self.decay).exp_()
+        if self.reset is not None:
+            self.decay.masked_fill_(self.reset, 0.0)
+
+    def scan_from(self, state: Tensor) -> Tensor:
+        """Compute `states` and `decay`, given h before the first step; returns h after the last."""
+        self.decays()
+        self.states = self.outer(self.B, self.step_u, self.large_room("states"))
+        for h, a in zip(self.visit(self.states), self.visit(self.decay), strict=True):
+            h.addcmul_(a, state)
+            state = h
+        return state
+
+    def output(self, name: str) -> Tensor:
+        """<C, h> + D u, (G, B, S, D), in a buffer."""
+        y = self.sum_states(self.C, self.states, self.room(name))
+        return y if self.scan.D is None else y.addcmul_(self.u, self.scan.D)
+
+    def outer(self, x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+        """B or C times y (G, B, S, D): (G, B, S, N, D)."""
+        return torch.mul(x if x.ndim == 5 else x[..., None], y[:, :, :, None], out=out)
+
+    def sum_states(self, x: Tensor, states: Tensor, out: Tensor) -> Tensor:
+        """B or C times states, summed over N: (G, B, S, D)."""
+        if x.ndim == 5:
+            return torch.sum(torch.mul(states, x, out=self.large_room("spare")), 3, out=out)
+        state, dim = states.shape[-2:]
+        matrices = states.view(-1, state, dim)
+        torch.bmm(x.reshape(-1, 1, state), matrices, out=out.view(-1, 1, dim))
+        return out
+
+    def add_sums(self, into: Tensor, y: Tensor, states: Tensor) -> None:
+        """Add y (G, B, S, D) times states: summed over D to (G, B, L, N), or else to (G, 1, 1, N, D)."""
+        if into.ndim == 5:
+            spare = self.large_room("spare")
+            into += torch.mul(states, y[:, :, :, None], out=spare).sum((1, 2), keepdim=True)
+            return
+        state, dim = states.shape[-2:]
+        # A row times a transposed matrix runs several times as fast as the matrix times a column.
+        sums = torch.bmm(y.view(-1, 1, dim), states.view(-1, state, dim).mT)
+        into[:, :, self.steps] += sums.view(*self.small[:3], state)
+
+
+class _Backward:
+    """The backward of a part of a scan: `for chunk in chunks(): step(chunk, dy)`.
+
+    Args:
+        scan: the part.
+        grads: where its gradients go.
+        end: (G, B, N, D), the last state's gradient; None: zeros.
+        need_output: whether `states` are needed for the output, whatever the gradients.
+        memory: for chunks.
+    """
+
+    def __init__(
+        self, scan: _Scan, grads: _Grads, end: Tensor | None, need_output: bool, memory: _Memory
+    ) -> None:
+        self.scan, self.grads, self.memory, g = scan, grads, memory, grads
+        self.carry = torch.zeros_like(scan.start()) if end is None else end.contiguous().clone()
         self.need_step = g.delta is not None or g.bias is not None
         self.need_decay = self.need_step or g.A is not None
-        self.need_gradient = self.need_decay or any(x is not None for x in (g.u, g.B, g.initial))
-        self.any = self.need_gradient or g.C is not None or g.D is not None
+        self.need_moved = self.need_step or g.u is not None
+        self.need_gradient = (
+            self.need_decay or self.need_moved or g.B is not None or g.initial is not None
+        )
+        self.need_states = self.need_decay or need_output or g.C is not None
 
-    def chunks(self, need_output: bool) -> Iterator[tuple[int, int]]:
-        """The chunks from the last to the first, `states` and `chunk` ready."""
-        scan, work = self.scan, self.work
-        chunks = scan.chunks()
-        need_states = self.need_decay or need_output or self.grads.C is not None
-        starts = [scan.start()] if chunks else []
-        if need_states:
-            for begin, end in chunks[:-1]:
-                states, _ = work.states(scan.chunk(begin, end), starts[-1])
-                starts.append(states[-1].clone())
-        for begin, end in reversed(chunks):
-            self.chunk = scan.chunk(begin, end)
-            if need_states:
+    def chunks(self) -> Iterator[_Chunk]:
+        """The chunks from the last to the first, with their states where needed."""
+        ranges = self.scan.chunks()
+        starts = [self.scan.start()]
+        if self.need_states:
+            for steps in ranges[:-1]:
+                state = _Chunk(self.scan, steps, self.memory).scan_from(starts[-1])
+                starts.append(state.clone(memory_format=torch.contiguous_format))
+        for steps in reversed(ranges):
+            chunk = _Chunk(self.scan, steps, self.memory)
+            if self.need_states:
                 self.start = starts.pop()
-                self.states, self.decay = work.states(self.chunk, self.start)
+                chunk.scan_from(self.start)
             elif self.need_gradient:
-                self.decay = work.decays(self.chunk)
-            yield begin, end
+                chunk.decays()
+            yield chunk
         if self.grads.initial is not None:
             self.grads.initial.copy_(self.carry)
 
-    def step(self, begin: int, end: int, dy: Tensor) -> None:
-        """Gradients of a chunk whose output has the gradient dy (S, B, G, D)."""
-        scan, chunk, grads = self.scan, self.chunk, self.grads
-        if chunk.skip is not None:
-            dy = dy.masked_fill(chunk.skip, 0.0)
-        if grads.D is not None:
-            grads.D += (dy * chunk.u).sum((0, 1))
-        if grads.C is not None:
-            if grads.C.ndim == 3:
-                grads.C += (self.states * dy[..., None, :]).sum((0, 1))
-            else:
-                self._add(grads.C, begin, end, _sum_channels(dy, self.states))
-        if self.need_gradient:
-            moved = self._recurrence(begin, end, dy)
-            if grads.u is not None:
-                du = moved * chunk.step
-                if chunk.D is not None:
-                    du.addcmul_(dy, chunk.D)
-                scan.put(grads.u, begin, end, du)
-            if self.need_decay:
-                self._decays(begin, end, moved)
+    def step(self, chunk: _Chunk, dy: Tensor) -> None:
+        """The gradients of a chunk.
 
-    def _recurrence(self, begin: int, end: int, dy: Tensor) -> Tensor:
-        """g of each step, its share of dB, and <B, g> (S, B, G, D); leaves a g for `_decays`."""
-        chunk, grads = self.chunk, self.grads
-        gradient = self.gradient[: len(chunk.u)]
-        _outer(chunk.C, dy, out=gradient)
-        g, a = gradient.unbind(), self.decay.unbind()
+        Args:
+            chunk: as `chunks` gave it.
+            dy: (G, B, S, D), contiguous, the gradient of `chunk.output`; 0 in padding.
+        """
+        grads = self.grads
+        if grads.D is not None:
+            grads.D += torch.mul(dy, chunk.u, out=chunk.room("du")).sum((1, 2), keepdim=True)
+        if grads.C is not None:
+            chunk.add_sums(grads.C, dy, chunk.states)
+        if not self.need_gradient:
+            return
+        gradient = chunk.outer(chunk.C, dy, chunk.large_room("gradient"))
+        g, a = chunk.visit(gradient), chunk.visit(chunk.decay)
         g[-1].add_(self.carry)
         for t in range(len(g) - 2, -1, -1):
             g[t].addcmul_(a[t + 1], g[t + 1])
         if grads.B is not None:
-            if grads.B.ndim == 3:
-                grads.B += (gradient * chunk.step_u[..., None, :]).sum((0, 1))
-            else:
-                self._add(grads.B, begin, end, _sum_channels(chunk.step_u, gradient))
-        moved = _sum_states(chunk.B, gradient)
+            chunk.add_sums(grads.B, chunk.step_u, gradient)
+        moved = chunk.room("moved")  # <B, g>, that of d u
+        if self.need_moved:
+            chunk.sum_states(chunk.B, gradient, moved)
         if self.need_decay:
-            gradient.mul_(self.decay[: len(g)])
-            self.carry.copy_(g[0])
+            self._decays(chunk, gradient, moved)
         else:
             torch.mul(g[0], a[0], out=self.carry)
-        return moved
+        if grads.u is not None:
+            du = moved.mul_(chunk.step)
+            if self.scan.D is not None:
+                du.addcmul_(dy, self.scan.D)
+            grads.u[:, :, chunk.steps] = du
 
-    def _decays(self, begin: int, end: int, moved: Tensor) -> None:
-        """dA, ddelta and ddelta_bias; a g becomes q = a g h_{t-1}."""
-        scan, chunk, grads = self.scan, self.chunk, self.grads
-        q = self.gradient[: len(chunk.u)]
-        q[1:].mul_(self.states[:-1])
-        q[0].mul_(self.start)
-        if grads.A is not None:
-            product = torch.mul(q, chunk.step[..., None, :], out=self.decay[: len(q)])
-            grads.A += product.sum((0, 1))
-        if self.need_step:
-            dstep = q.mul_(self.work.A).sum(-2).addcmul_(moved, chunk.u)
-            if scan.softplus:
-                dstep *= torch.sigmoid(chunk.before)
-            if chunk.skip is not None:
-                dstep.masked_fill_(chunk.skip, 0.0)
-            if grads.bias is not None:
-                grads.bias += dstep.sum((0, 1))
-            if grads.delta is not None:
-                scan.put(grads.delta, begin, end, dstep)
-
-    def _add(self, into: Tensor, begin: int, end: int, value: Tensor) -> None:
-        """Add steps: blocks of channels share B and C."""
-        if self.scan.reverse:
-            into[len(into) - end : len(into) - begin] += value.flip(0)
+    def _decays(self, chunk: _Chunk, q: Tensor, moved: Tensor) -> None:
+        """dA, ddelta and ddelta_bias; q is g and becomes a g h_{t-1}."""
+        scan, grads = self.scan, self.grads
+        q.mul_(chunk.decay)
+        first = chunk.visit(q)[0]
+        self.carry.copy_(first)
+        first.mul_(self.start)
+        if scan.reverse:
+            q[:, :, :-1].mul_(chunk.states[:, :, 1:])
         else:
-            into[begin:end] += value
+            q[:, :, 1:].mul_(chunk.states[:, :, :-1])
+        if grads.A is not None:
+            product = torch.mul(q, chunk.step[:, :, :, None], out=chunk.decay)
+            grads.A += product.sum((1, 2), keepdim=True)
+        if not self.need_step:
+            return
+        dstep = torch.sum(q.mul_(scan.A), 3, out=chunk.room("dstep")).addcmul_(moved, chunk.u)
+        if scan.softplus:
+            dstep *= torch.sigmoid(chunk.before, out=chunk.before)
+        chunk.blank(dstep)
+        if grads.bias is not None:
+            grads.bias += dstep.sum((1, 2), keepdim=True)
+        if grads.delta is not None:
+            grads.delta[:, :, chunk.steps] = dstep
 
 
 def _scan(
@@ -749,24 +765,25 @@ def _scan(
     dtype = _precision(u, delta, A, B, C)
     groups = max(t.shape[2] if t.ndim == 4 else 1 for t in (B, C))
 
-    def by_step(t: Tensor) -> Tensor:
-        if t.ndim == 2:
-            return _channels_last(t.to(dtype), groups)
-        return t.transpose(0, 1)
+    def matrix(t: Tensor) -> Tensor:  # (D, N)
+        return t.to(dtype).unflatten(0, (groups, -1)).transpose(1, 2)[:, None, None]
 
-    def by_group(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.to(dtype).reshape(groups, -1)
+    def coefficients(t: Tensor) -> Tensor:
+        return matrix(t) if t.ndim == 2 else t.to(dtype).permute(2, 0, 1, 3)
+
+    def vector(t: Tensor | None) -> Tensor | None:  # (D,)
+        return None if t is None else t.to(dtype).view(groups, 1, 1, -1)
 
     return _Scan(
         _steps(u, groups),
         _steps(delta, groups),
-        _channels_last(A.to(dtype), groups),
-        by_step(B),
-        by_step(C),
-        by_group(D),
-        by_group(delta_bias),
+        matrix(A),
+        coefficients(B),
+        coefficients(C),
+        vector(D),
+        vector(delta_bias),
         None if initial_state is None else _state(initial_state.to(dtype), groups),
-        None if flags is None else flags.T,
+        flags,
         softplus,
         reverse,
     )
@@ -776,61 +793,29 @@ def _cross(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor
 ) -> _Scan:
     dtype = _precision(u, A)
-    by_step = [t.permute(2, 1, 0, 3) for t in (u, delta, B, C)]
-    return _Scan(
-        by_step[0],
-        by_step[1],
-        A.to(dtype).mT.contiguous(),
-        by_step[2],
-        by_step[3],
-        D.to(dtype),
-        delta_bias.to(dtype),
-        None,
-        None,
-        True,
-        False,
-    )
+    A, B, C, D, delta_bias = (t.to(dtype) for t in (A, B, C, D, delta_bias))
+    A, D, delta_bias = A.mT[:, None, None], D[:, None, None], delta_bias[:, None, None]
+    return _Scan(u, delta, A, B, C, D, delta_bias, None, None, True, False)
 
 
-def _cross_sum(scan: _Scan, z: Tensor, orders: Tensor) -> Tensor:
-    """The mean over the orders by token, (B, L, D), not gated."""
-    total = torch.zeros(z.shape, dtype=scan.A.dtype)
-    for part, block in scan.blocks():
-        work = _Work(block)
-        state = block.start()
-        for begin, end in block.chunks():
-            chunk = block.chunk(begin, end)
-            states, _ = work.states(chunk, state)
-            part.add_tokens(total, orders[:, begin:end], chunk.output(states))
-            state.copy_(states[-1])
-    return total.div_(len(orders))
+def _share(count: int, most: int) -> int:
+    """The size of the fewest ranges of nearly equal size that make up `count`."""
+    return -(-count // max(1, -(-count // max(1, most)))) or 1
 
 
 def _steps(x: Tensor, groups: int) -> Tensor:
-    """(B, L, D) as (L, B, G, D / G), a view."""
-    return x.unflatten(2, (groups, x.shape[2] // groups)).transpose(0, 1)
+    """(B, L, D) as (G, B, L, D / G), a view."""
+    return x.unflatten(2, (groups, x.shape[2] // groups)).permute(2, 0, 1, 3)
 
 
 def _state(x: Tensor, groups: int) -> Tensor:
-    """(B, D, N) as (B, G, N, D / G), a view."""
-    return x.unflatten(1, (groups, x.shape[1] // groups)).transpose(2, 3)
+    """(B, D, N) as (G, B, N, D / G), a view."""
+    return x.unflatten(1, (groups, x.shape[1] // groups)).permute(1, 0, 3, 2)
 
 
-def _channels_last(x: Tensor, groups: int) -> Tensor:
-    """(D, N) as (G, N, D / G), contiguous."""
-    return x.unflatten(0, (groups, len(x) // groups)).transpose(1, 2).contiguous()
-
-
-def _by_channel(x: Tensor | None, like: Tensor) -> Tensor | None:
-    """A gradient (..., G, N, D) in the shape and dtype of an input that ends with (G D, N)."""
-    return None if x is None else x.transpose(-1, -2).reshape(like.shape).to(like.dtype)
-
-
-def _by_sample(x: Tensor | None, like: Tensor) -> Tensor | None:
-    """A gradient of B or C as in `_Scan` in the shape and dtype of the input."""
-    if x is None or like.ndim == 2:
-        return _by_channel(x, like)
-    return _of_groups(x.transpose(0, 1), like)
+def _of_matrix(x: Tensor | None, like: Tensor) -> Tensor | None:
+    """A gradient (G, 1, 1, N, D) in the shape and dtype of an input (G D, N) or (G, D, N)."""
+    return None if x is None else x.mT.reshape(like.shape).to(like.dtype)
 
 
 def _same_groups(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
@@ -854,28 +839,6 @@ def _of_groups(x: Tensor | None, like: Tensor) -> Tensor | None:
 def _as(x: Tensor | None, like: Tensor | None) -> Tensor | None:
     """x in the shape and dtype of `like`."""
     return None if x is None or like is None else x.reshape(like.shape).to(like.dtype)
-
-
-def _visited(x: Tensor, begin: int, end: int, reverse: bool) -> Tensor:
-    """Steps of x (L, ...) in the order of the visit."""
-    return x[len(x) - end : len(x) - begin].flip(0) if reverse else x[begin:end]
-
-
-def _outer(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
-    """x (S, B, G, N) or fixed (G, N, D), times y (S, B, G, D): (S, B, G, N, D)."""
-    return torch.mul(x if x.ndim == 3 else x[..., None], y[..., None, :], out=out)
-
-
-def _sum_states(x: Tensor, states: Tensor) -> Tensor:
-    """<x, states> over N: x (S, B, G, N) or fixed (G, N, D); the result is (S, B, G, D)."""
-    if x.ndim == 3:
-        return (states * x).sum(-2)
-    return torch.matmul(x[..., None, :], states).squeeze(-2)
-
-
-def _sum_channels(y: Tensor, states: Tensor) -> Tensor:
-    """The sum over D of y (S, B, G, D) times states: (S, B, G, N)."""
-    return torch.matmul(y[..., None, :], states.mT).squeeze(-2)
 
 
 def _dsilu(x: Tensor) -> Tensor:

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,3 +26,84 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, there is none"))
+
+
+@pytest.fixture(scope="session")
+def brief() -> list[str]:
+    """Flags of a training of six steps that takes a second or two."""
+    return shlex.split(
+        "--dataset phantoms --train-studies 12 --val-studies 3 --test-studies 4 --batch-size 4 "
+        "--epochs 2 --beams 1 --max-new-tokens 8 --log-every 1 --warmup-steps 2 --lr 1e-3"
+    )
+
+
+@pytest.fixture(scope="session")
+def small(brief: list[str]) -> list[str]:
+    """Those flags, and those of a small model from random weights."""
+    return [*brief, *shlex.split(
+        "--image-size 32 --decoder-dim 32 --decoder-layers 2 --decoder-heads 2 --vocab-size 300"
+    )]  # fmt: skip
+
+
+# METEOR's Java process and the resampling take longer than such a training.
+_QUICK = """
+import emrrg.evaluation, emrrg.train
+score = emrrg.evaluation.score_reports
+emrrg.evaluation.score_reports = lambda *a, **k: score(*a, **{**k, "meteor": "off"})
+emrrg.train.INTERVALS = 10
+"""
+
+
+@pytest.fixture(scope="session")
+def train() -> Callable[..., int]:
+    """`emrrg.train.main`, quick: flags in, exit status out."""
+    from emrrg import evaluation
+    from emrrg import train as command
+
+    score = evaluation.score_reports
+
+    def quick(*args: Any, **settings: Any) -> Any:
+        return score(*args, **{**settings, "meteor": "off"})
+
+    def run(*flags: Any) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluation, "score_reports", quick)
+            patch.setattr(command, "INTERVALS", 10)
+            return command.main([str(flag) for flag in flags])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, train: Callable[..., int], small: list[str]
+) -> Path:
+    """A finished small run, everything trained; not to be written to."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    assert train(*small, "--output", run) == 0
+    return run
+
+
+@pytest.fixture
+def launch() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start `emrrg.train`, quick, in a process group of its own; what is left of it is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*flags: Any, before: str = "", **environment: str) -> subprocess.Popen[str]:
+        code = f"{_QUICK}\n{before}\nfrom emrrg.config import run_command\n"
+        process = subprocess.Popen(
+            [sys.executable, "-c", code + "run_command(emrrg.train.main)", *map(str, flags)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()

@@ -41,7 +41,11 @@ LATERAL = {"L": "LATERAL", "LL": "LATERAL", "LATERAL": "LATERAL", "LAT": "LATERA
 
 
 def studies(
-    table: Path, columns: Mapping[str, str] | None = None, sections: bool = False
+    table: Path,
+    columns: Mapping[str, str] | None = None,
+    sections: bool = False,
+    *,
+    texts: bool = True,
 ) -> Iterator[SourceStudy | Dropped]:
     """Read the table.
 
@@ -50,6 +54,7 @@ def studies(
         columns: which column is the ``image``, ``text``, ``id``, ``split``, ``patient``,
             ``view``; those not named are guessed.
         sections: divide the texts by their headings (`parse_sections`).
+        texts: whether there must be a column of texts.
     Yields:
         One study for each id, in the table's order; without an id column, one a row.
     Raises:
@@ -58,7 +63,7 @@ def studies(
     rows = list(read_rows(table))
     if not rows:
         raise InputError(f"{table}: no rows")
-    role = _columns(table, rows, columns or {})
+    role = _columns(table, rows, columns or {}, ("image", "text") if texts else ("image",))
     grouped: dict[str, list[dict[str, Any]]] = {}
     for number, row in enumerate(rows, 1):
         identity = str(row.get(role["id"], "")) if "id" in role else f"row{number}"
@@ -106,7 +111,9 @@ def _study(
     )
 
 
-def _columns(table: Path, rows: list[dict[str, Any]], named: Mapping[str, str]) -> dict[str, str]:
+def _columns(
+    table: Path, rows: list[dict[str, Any]], named: Mapping[str, str], needed: tuple[str, ...]
+) -> dict[str, str]:
     have = list(dict.fromkeys(name for row in rows[:100] for name in row))
     lower = {name.lower().strip(): name for name in reversed(have)}
     role: dict[str, str] = {}
@@ -120,7 +127,7 @@ def _columns(table: Path, rows: list[dict[str, Any]], named: Mapping[str, str]) 
             role[kind] = named[kind]
         elif found := next((lower[name] for name in usual if name in lower), None):
             role[kind] = found
-    for kind in ("image", "text"):
+    for kind in needed:
         if kind not in role:
             raise InputError(
                 f"{table}: no column found for the {kind}; it has {', '.join(have[:12])}: "

@@ -117,7 +117,7 @@ def sentences(tidied: str) -> Iterator[tuple[int, str]]:
         lower = "".join(c.lower() if len(c.lower()) == 1 else c for c in tidied)
     start = 0
     for end in [*(m.end() for m in _SENTENCE_END.finditer(lower)), len(lower)]:
-        while False:
+        while end - start > _LONGEST_SENTENCE:
             cut = lower.rfind(" ", start + 1, start + _LONGEST_SENTENCE)
             cut = cut if cut > 0 else start + _LONGEST_SENTENCE
             yield start, lower[start:cut]

@@ -118,7 +118,7 @@ def test_value_and_every_gradient(
     )
     dy = torch.randn(y.shape, device=y.device)
     found = differentiate(y, leaves, dy)
-    compare(found, reference(leaves, slices, dy), 2e-6)
+    compare(found, reference(leaves, slices, dy), 5e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -188,7 +188,7 @@ def test_any_strides(implementation: str, view: Callable[[Tensor], Tensor]) -> N
     found = differentiate(y, leaves, dy)
     exact = doubled(leaves)
     out = lora_linear_ref(view(exact["x"]), exact["weight"], exact["bias"], slices(exact))
-    compare(found, differentiate(out, exact, dy.cpu().double()), 2e-6)
+    compare(found, differentiate(out, exact, dy.cpu().double()), 5e-6)
 
 
 def test_many_tokens_sum_by_chunks(implementation: str) -> None:

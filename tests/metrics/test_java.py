@@ -145,6 +145,19 @@ def test_a_program_that_fails_is_quoted(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the stand-in for Java is a script")
+def test_a_program_that_does_not_stop_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The conversation is over, the program is not: it does not care that nobody writes to it."""
+    note = tmp_path / "pid"
+    body = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid()))"
+    play_java(tmp_path, body + "; print('nonsense', flush=True); time.sleep(600)", monkeypatch)
+    with pytest.raises(JavaError, match="where a number was due"):
+        meteor([(["a"], ["b"])], timeout=60)
+    assert not alive(int(note.read_text()))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the stand-in for Java is a script")
 def test_a_tokenizer_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     play_java(tmp_path, "import sys; sys.exit('no such class')", monkeypatch)
     with pytest.raises(JavaError, match="no such class"):

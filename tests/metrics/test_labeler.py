@@ -75,6 +75,9 @@ def mentioned(text: str) -> dict[str, int]:
             {"Consolidation": 0, "Pleural Effusion": 0, "Pneumothorax": 0},
         ),
         ("No effusion, but there is atelectasis.", {"Pleural Effusion": 0, "Atelectasis": 1}),
+        ("No effusion but atelectasis.", {"Pleural Effusion": 0, "Atelectasis": 1}),
+        ("Possible effusion; cardiomegaly.", {"Pleural Effusion": -1, "Cardiomegaly": 1}),
+        ("Effusion; pneumonia cannot be excluded.", {"Pleural Effusion": 1, "Pneumonia": -1}),
         ("Cardiomegaly without edema.", {"Cardiomegaly": 1, "Edema": 0}),
         ("No cardiomegaly with bilateral effusions.", {"Cardiomegaly": 0, "Pleural Effusion": 1}),
         (
@@ -97,6 +100,7 @@ def mentioned(text: str) -> dict[str, int]:
         ("Cannot exclude pneumonia.", {"Pneumonia": -1}),
         ("Pneumonia is not excluded.", {"Pneumonia": -1}),
         ("Pneumonia cannot be excluded.", {"Pneumonia": -1}),
+        ("Pneumonia is not excluded, atelectasis.", {"Pneumonia": -1, "Atelectasis": 1}),
         ("Opacity which may represent pneumonia.", {"Lung Opacity": 1, "Pneumonia": -1}),
         ("Pneumonia?", {"Pneumonia": -1}),
         ("In the appropriate clinical setting, this is compatible with pneumonia.",
@@ -130,7 +134,7 @@ def test_sentences(text: str, expected: dict[str, int]) -> None:
     # Case, white space and R2Gen's cleaning change nothing.
     assert mentioned(text.upper()) == expected
     assert mentioned("\n".join(text.split(" "))) == expected
-    if text and "?" not in text:
+    if text and not set(text) & set("?;"):  # these it deletes
         assert mentioned(clean_report(text)) == expected
 
 
@@ -233,13 +237,11 @@ def reports() -> dict[str, str]:
     return found
 
 
-@pytest.mark.skipif(not LABELS.exists(), reason="the experts' labels are not there")
-def test_quality_on_the_half_set_aside(reports: dict[str, str]) -> None:
-    """Micro F1 over the common classes is at least 0.90, uncertain as negative."""
+def agreement_with_experts(reports: dict[str, str], part: str) -> float:
+    """Print the table of one half; its micro F1 over the common classes, uncertain as negative."""
     counts: dict[str, list[int]] = {name: [0, 0, 0] for name in COMMON.values()}
     with open(LABELS, newline="", encoding="utf-8") as file:
-        rows = [r for r in csv.DictReader(file) if half(r["filename"]) == "aside"]
-    rows = [row for row in rows if row["filename"] in reports]
+        rows = [row for row in csv.DictReader(file) if half(row["filename"]) == part]
     for row in rows:
         found = label_report(reports[row["filename"]])
         for column, name in COMMON.items():
@@ -247,14 +249,20 @@ def test_quality_on_the_half_set_aside(reports: dict[str, str]) -> None:
             counts[name][0] += said and true
             counts[name][1] += said and not true
             counts[name][2] += true and not said
-    assert len(rows) > 1400
-    print(f"\n{len(rows)} reports\n| observation | support | precision | recall | F1 |")
     total = [sum(column) for column in zip(*counts.values(), strict=True)]
+    print(f"\nhalf {part!r}, {len(rows)} reports")
+    print("| observation | positive | precision | recall | F1 |\n|---|---|---|---|---|")
     for name, (tp, fp, fn) in [*counts.items(), ("all, micro", total)]:
         f1 = 2 * tp / (2 * tp + fp + fn)
         print(f"| {name} | {tp + fn} | {tp / (tp + fp):.3f} | {tp / (tp + fn):.3f} | {f1:.3f} |")
-    tp, fp, fn = total
-    assert 2 * tp / (2 * tp + fp + fn) >= 0.90
+    assert len(rows) > 1400
+    return f1
+
+
+@pytest.mark.skipif(not LABELS.exists(), reason="the experts' labels are not there")
+def test_quality_on_the_half_set_aside(reports: dict[str, str]) -> None:
+    assert agreement_with_experts(reports, "aside") >= 0.90
+    assert agreement_with_experts(reports, "made") >= 0.94  # so that a change of the rules is seen
 
 
 @pytest.mark.skipif(not REPORTS.exists(), reason="the Open-i reports are not there")
