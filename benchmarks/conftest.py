@@ -23,7 +23,7 @@ SIZES = ("smoke", "default", "full")
 SECONDS = {"smoke": 0.0, "default": 3.0, "full": 20.0}  # of timed rounds
 ROUNDS = {"smoke": (1, 1), "default": (3, 30), "full": (5, 100)}
 SLOW = 10.0  # seconds a call above which it is called only twice, above three times that once
-WARM_LIMIT = 3.0  # seconds a call above which memory is measured without a call before
+WARM_LIMIT = 5.0  # seconds a call above which memory is measured without a call before
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -168,7 +168,7 @@ class Measure:
             record |= self._time(work)
             del work
             if case.memory and record["median"] is not None:
-                warm = record["median"] < WARM_LIMIT
+                warm = case.warm or record["median"] < WARM_LIMIT
                 record["memory"] = memory.peak(case.build, arguments, warm=warm)
         except torch.OutOfMemoryError:
             self._skip(record, "does not fit into the device's memory")

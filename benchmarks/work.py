@@ -61,6 +61,8 @@ class Case:
         series: ``name``, ``x`` and ``unit`` where the case is a point of a curve time ~ x^k.
         items: what a call handles, for rates: a number and a noun.
         memory: whether to measure it.
+        warm: whether memory is always that of a second call; else of the first where one takes
+            long.
     """
 
     suite: str
@@ -73,6 +75,7 @@ class Case:
     series: Mapping[str, Any] | None = None
     items: tuple[int, str] | None = None
     memory: bool = True
+    warm: bool = False
 
 
 def errors(results: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, float]:

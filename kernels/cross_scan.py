@@ -604,7 +604,7 @@ def _launch_bwd(
     state = A.shape[2]
     # Two channels a thread halve the shuffles of dB and dC for each number, and leave registers
     # for four programs on a scheduler.
-    sizes = _blocks(state, dim, 32)
+    sizes = _blocks(state, dim, 16 if needs[2] and state <= 16 else 32)
     blocks = triton.cdiv(dim, sizes["BLOCK_D"])
     parallel = _parallel(count, batch * blocks)
     parts = (count,) if parallel else ()

@@ -273,9 +273,9 @@ def _block_r(rank: int) -> int:
 
 
 def _tiles(x: Tensor, rows: int, outputs: int, tf32: bool) -> dict[str, int]:
-    """Block sizes of `_linear_kernel`, one rule for every GPU: at most 96 KiB of shared memory.
-
-    fp32 without tensor cores is bound by registers, not by memory: small tiles. AMD has 64 KiB.
+    """Block sizes of `_linear_kernel`: 96 KiB of shared memory, which every NVIDIA GPU since
+    Ampere has, or the 64 KiB of AMD's. Small blocks where large ones would be too few to fill a
+    GPU, and for fp32 without tensor cores, where registers bind.
     """
     if x.element_size() == 4 and not tf32:
         return {"BLOCK_M": 64, "BLOCK_O": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
@@ -285,7 +285,7 @@ def _tiles(x: Tensor, rows: int, outputs: int, tf32: bool) -> dict[str, int]:
         "BLOCK_M": block,
         "BLOCK_O": block,
         "BLOCK_K": 128 // x.element_size(),
-        "num_warps": block // 32,
+        "num_warps": 4,
         "num_stages": stages,
     }
 
@@ -486,8 +486,8 @@ def _backward(
         gradients.append(dA.to(A.dtype))
     if needs[4]:
         assert h is not None
-        dB = _outer(ranged, h, False, tf32) if use_triton else ranged.flatten(0, 1).T @ h
-        gradients.append(dB.to(B.dtype))
+        dB = _outer(ranged, h, False, tf32) if use_triton else (h.T @ ranged.flatten(0, 1)).T
+        gradients.append(dB.to(B.dtype).contiguous())
     return gradients
 
 

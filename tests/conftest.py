@@ -51,6 +51,7 @@ import emrrg.evaluation, emrrg.train
 score = emrrg.evaluation.score_reports
 emrrg.evaluation.score_reports = lambda *a, **k: score(*a, **{**k, "meteor": "off"})
 emrrg.train.INTERVALS = 10
+emrrg.train.plot_curves = lambda *_: None
 """
 
 
@@ -65,10 +66,12 @@ def train() -> Callable[..., int]:
     def quick(*args: Any, **settings: Any) -> Any:
         return score(*args, **{**settings, "meteor": "off"})
 
-    def run(*flags: Any) -> int:
+    def run(*flags: Any, pictures: bool = False) -> int:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(evaluation, "score_reports", quick)
             patch.setattr(command, "INTERVALS", 10)
+            if not pictures:
+                patch.setattr(command, "plot_curves", lambda *_: None)
             return command.main([str(flag) for flag in flags])
 
     return run

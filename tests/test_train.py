@@ -22,11 +22,11 @@ from torch import Tensor
 import emrrg
 from emrrg import convert
 from emrrg import train as command
-from emrrg.config import TrainConfig, parse_config, run_command
+from emrrg.config import TrainConfig, parse_config
+from emrrg.data.loading import load_studies
 from emrrg.decoder import Decoder, DecoderConfig
-from emrrg.evaluation import selection_score
+from emrrg.evaluation import selection_score, write_reports
 from emrrg.jsonl import read_rows
-from emrrg.model import ReportGenerator
 from emrrg.optim import build_optimizer, learning_rate
 from emrrg.recipes import suggest
 from emrrg.runs import load_run, read_index, read_json, read_run_config, state_of
@@ -53,6 +53,10 @@ def numbers(run: Path) -> list[dict[str, Any]]:
     clocks = ("studies_per_second", "tokens_per_second", "memory_gib")
     rows = read_rows(run / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k not in clocks} for row in rows]
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in numbers(run) if "loss" in row]
 
 
 def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
@@ -105,7 +109,7 @@ def test_the_default_run_in_small(
         "--image-size 32 --decoder-dim 32 --decoder-layers 2 --decoder-heads 2 --vocab-size 300 "
         "--epochs 1 --batch-size 2 --beams 1 --max-new-tokens 8 --log-every 1"
     )
-    assert train(*flags.split(), "--output", run) == 0
+    assert train(*flags.split(), "--output", run, pictures=True) == 0
     said = capsys.readouterr().out
     assert (read_run_config(source).regime, read_run_config(run).regime) == ("full", "peft")
     for folder in (run, source):
@@ -136,9 +140,6 @@ def test_the_default_run_in_small(
 def test_what_was_saved_is_what_was_scored(trained: Path, brief: list[str]) -> None:
     predictions = json.loads((trained / "predictions.json").read_text())
     config = read_run_config(trained)
-    from emrrg.data.loading import load_studies
-    from emrrg.evaluation import write_reports
-
     model = emrrg.load(trained)
     studies = load_studies(config, 32, ("test",))["test"]
     again = write_reports(model, studies, config, torch.device("cpu"))
@@ -249,12 +250,468 @@ def test_a_finished_run_can_go_on_for_more_epochs(
 def test_accumulated_batches_equal_one_batch(
     train: Train, small: list[str], tmp_path: Path
 ) -> None:
-    plain = [*small, "--drop-path", "0"]
-    for name, flags in (("one", []), ("two", ["--batch-size", "2", "--accumulate", "2"]),
-                        ("uneven", ["--batch-size", "3"])):  # fmt: skip
-        extra = ["--accumulate", "1"] if name == "uneven" else []
-        assert train(*plain, *flags, *extra, "--output", tmp_path / name) == 0
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=1e-4, msg=name)
-    assert len(numbers(tmp_path / "uneven")) > len(numbers(tmp_path / "one"))
+    ways = {"one": (4, 1), "two": (2, 2), "uneven": (3, 2)}  # 4 = 2 + 2; 6 = 3 + 3; 6 in one
+    for name, (size, count) in {**ways, "six": (6, 1)}.items():
+        flags = ["--drop-path", "0", "--batch-size", size, "--accumulate", count]
+        assert train(*small, *flags, "--output", tmp_path / name) == 0
+    for first, second in (("two", "one"), ("uneven", "six")):
+        expected = weights(tmp_path / second)
+        for name, got in weights(tmp_path / first).items():
+            torch.testing.assert_close(got, expected[name], atol=2e-5, rtol=1e-4, msg=name)
+        losses = [
+            [r["loss"] for r in numbers(tmp_path / n) if "loss" in r] for n in (first, second)
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+# --- Regimes, and chains of runs ---
+
+PROJECTOR = {"llama_proj.weight", "llama_proj.bias", "layer_norm.weight", "layer_norm.bias"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "kinds"),
+    [
+        ("--regime encoder", ("visual_encoder.", ".cross_attn.")),
+        ("--regime linear-probe", ()),
+        ("--regime full", ("visual_encoder.", "llama_model.")),
+        ("--regime peft --lora-targets none", (".cross_attn.",)),
+        ("--regime peft --lora-targets llm", (".lora_llm.", ".cross_attn.")),
+        (
+            "--regime peft --lora-targets dt_in,B --peft delta-A,affix,additional-scan",
+            (".lora_dt_in.", ".lora_B.", ".peft_delta_A", ".peft_affix.", ".peft_scan.",
+             ".cross_attn."),
+        ),
+    ],
+    ids=["encoder", "linear-probe", "full", "no adapters", "llm", "peft"],
+)  # fmt: skip
+def test_what_trains_in_a_regime(
+    train: Train,
+    trained: Path,
+    brief: list[str],
+    tmp_path: Path,
+    flags: str,
+    kinds: tuple[str, ...],
+) -> None:
+    run = tmp_path / "run"
+    assert train(*brief, *flags.split(), "--epochs", 1, "--init", trained, "--output", run) == 0
+    after, base = weights(run), load_file(run / "base" / "weights.safetensors")
+    before = state_of(emrrg.load(trained))
+    assert not set(after) & set(base)
+    # Nothing else trains, and everything of the regime does.
+    assert all(n in PROJECTOR or any(kind in n for kind in kinds) for n in after)
+    assert after.keys() >= PROJECTOR
+    for kind in kinds:
+        assert any(kind in name for name in after), kind
+    assert_same_bits(base, {name: before[name] for name in base})
+    moved = [n for n in after if n not in before or not torch.equal(after[n], before[n])]
+    still = set(after) - set(moved)
+    # Without a hybrid layer's alpha its K and V have no gradient in the first steps.
+    assert all("kv_proj" in n or "gate" in n for n in still), still
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_cached_features_change_nothing(
+    train: Train, trained: Path, brief: list[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, stop: int, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    flags = [*brief, "--regime", "linear-probe", "--init", trained]
+    assert train(*flags, "--output", tmp_path / "whole") == 0
+    assert "image features are computed once" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        stop_at(patch, "training_step", stop, signal.SIGINT)
+        assert train(*flags, "--output", tmp_path / "stopped") == 130
+    assert train("--resume", tmp_path / "stopped") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert train(*flags, "--no-cache-features", "--output", tmp_path / "plain") == 0
+    plain = weights(tmp_path / "plain")
+    for name, got in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(got, plain[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_run_on_a_run_on_a_run(
+    train: Train, trained: Path, brief: list[str], tmp_path: Path
+) -> None:
+    one, two, blind = tmp_path / "one", tmp_path / "two", tmp_path / "blind"
+    methods = "--lora-targets X,out_proj,llm --peft delta-D,delta-bias,prompt-projected,bias"
+    assert train(*brief, *methods.split(), "--init", trained, "--output", one) == 0
+    assert train(*brief, "--peft", "affix", "--init", one, "--output", two, "--max-steps", 1) == 0
+    # Before its first step the second run is the first one, adapters merged.
+    scores = [read_json(one / "scores.json")["after"], read_json(two / "scores.json")["before"]]
+    assert scores[0]["BLEU_1"] == pytest.approx(scores[1]["BLEU_1"])
+    model = load_run(two)
+    assert model.config.lora_targets == ("X",) and model.config.peft == ("prompt", "affix")
+    first = load_run(one)
+    merged = first.visual_encoder.layers[0].mixer
+    dim = merged.out_proj.weight.shape[0]
+    expected = {
+        "in_proj": merged.in_proj.weight.clone(), "out_proj": merged.out_proj.weight.clone()
+    }  # fmt: skip
+    lora = merged.in_proj.lora_X
+    expected["in_proj"][:dim] += lora.scale * lora.B @ lora.A
+    lora = merged.out_proj.lora_out_proj
+    expected["out_proj"] += lora.scale * lora.B @ lora.A
+    mixer = model.visual_encoder.layers[0].mixer
+    for name, weight in expected.items():
+        torch.testing.assert_close(getattr(mixer, name).weight, weight, msg=name)
+    torch.testing.assert_close(mixer.D_c, merged.D_c + merged.peft_delta_D[2])
+    q = model.llama_model.model.layers[1].self_attn.q_proj.weight
+    before = first.llama_model.model.layers[1].self_attn.q_proj
+    torch.testing.assert_close(q, before.weight + before.lora_llm.B @ before.lora_llm.A)
+    # A blind control of it sees one picture in every image.
+    assert train(*brief, "--blind", "--init", two, "--output", blind) == 0
+    reports = [r["hypothesis"] for r in json.loads((blind / "predictions.json").read_text())]
+    assert len(set(reports)) == 1
+    assert not any(n.startswith("visual_encoder.") for n in weights(blind))
+
+
+def llama_folder(folder: Path, **changes: Any) -> Path:
+    """A small Llama as Hugging Face stores it, with a tokenizer."""
+    torch.manual_seed(3)
+    folder.mkdir()
+    texts = [
+        "the heart is enlarged .",
+        "no pneumothorax .",
+        "Human: <Img>",
+        "</Img> Generate a "
+        "comprehensive and detailed diagnosis report for this chest xray image. \nAssistant:",
+    ]
+    tokenizer = train_tokenizer(texts * 4, 200, folder / "tokenizer.model")
+    sizes = {
+        "vocab_size": tokenizer.vocab_size, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 512, "tie_word_embeddings": False, **changes,
+    }  # fmt: skip
+    decoder = Decoder(DecoderConfig(**sizes))
+    values = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
+              "rms_norm_eps": 1e-5, **sizes}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(values))
+    save_file({n: p.detach().contiguous() for n, p in decoder.named_parameters()},
+              folder / "model.safetensors")  # fmt: skip
+    return folder
+
+
+def encoder_file(path: Path) -> dict[str, Tensor]:
+    """A released file of the contrastive stage, of a small encoder; its tensors."""
+    torch.manual_seed(4)
+    state = VisionMamba(image_size=32, dim=32, depth=2).state_dict()
+    torch.save({"model": {f"visual_encoder.{n}": t for n, t in state.items()}}, path)
+    return state
+
+
+@pytest.mark.parametrize("form", ["pth", "folder"])
+@pytest.mark.parametrize("int8", [False, True], ids=["fp32", "int8"])
+def test_released_weights(
+    train: Train, brief: list[str], tmp_path: Path, form: str, int8: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    state = encoder_file(tmp_path / "encoder.pth")
+    vision = tmp_path / "encoder.pth"
+    if form == "folder":
+        convert.main([str(vision), str(tmp_path / "converted")])
+        vision = tmp_path / "converted"
+    llm = llama_folder(tmp_path / "llama")
+    flags = [*brief, "--vision-checkpoint", vision, "--llm", llm, "--image-size", 32,
+             "--hybrid-every", 2, *(["--llm-int8"] if int8 else [])]  # fmt: skip
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert train(*flags, "--output", whole) == 0
+    assert read_run_config(whole).regime == "peft"
+    with monkeypatch.context() as patch:
+        stop_at(patch, "training_step", 4, signal.SIGTERM)
+        assert train(*flags, "--output", run) == 130
+    assert train("--resume", run) == 0
+    assert_same_run(whole, run)
+    base = load_file(run / "base" / "weights.safetensors")
+    assert not any(name.startswith("llama_model.") for name in base)  # it stays in its folder
+    assert_same_bits({n.removeprefix("visual_encoder."): t for n, t in base.items()}, state)
+    model = emrrg.load(run)
+    assert model.llama_model.config.hybrid_layers == (0, 2)
+    kind = model.llama_model.model.layers[0].mlp.up_proj.weight.dtype
+    assert kind == (torch.int8 if int8 else torch.float32)
+    # A run on top of it, with the language model adapted, no longer needs the folder.
+    if not int8:
+        adapters = ["--lora-targets", "llm", "--max-steps", 2]
+        assert train(*brief, *adapters, "--init", run, "--output", tmp_path / "llm") == 0
+        assert (
+            train(*brief, *adapters, "--init", tmp_path / "llm", "--output", tmp_path / "on") == 0
+        )
+        shutil.rmtree(llm)
+        assert emrrg.load(tmp_path / "on").config.llm is None
+
+
+def test_a_language_model_trained_whole_is_saved_whole(
+    train: Train, brief: list[str], tmp_path: Path
+) -> None:
+    encoder_file(tmp_path / "encoder.pth")
+    llm = llama_folder(tmp_path / "llama")
+    given = [*brief, "--vision-checkpoint", tmp_path / "encoder.pth", "--llm", llm]
+    given += ["--image-size", 32]
+    assert train(*given, "--regime", "full", "--output", tmp_path / "run") == 0
+    own = weights(tmp_path / "run")
+    assert "llama_model.model.embed_tokens.weight" in own
+    assert_same_bits(state_of(emrrg.load(tmp_path / "run", checkpoint="last")), own)
+
+
+# --- Recipes, schedule, optimizer, selection ---
+
+
+def parse(*flags: str) -> TrainConfig:
+    return parse_config(TrainConfig, flags, "emrrg.train", suggest)[0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "batch", "epochs", "tokens", "beams", "least", "most"),
+    [
+        ("iu_xray", 4, 21, 60, 5, 40, 100),
+        ("mimic_cxr", 6, 5, 100, 3, 80, 120),
+        ("chexpert_plus", 6, 11, 100, 3, 80, 120),
+    ],
+)
+def test_the_papers_recipes(
+    recipe: str, batch: int, epochs: int, tokens: int, beams: int, least: int, most: int
+) -> None:
+    config = parse("--recipe", recipe, "--annotation", "a.json", "--images", "d")
+    assert (config.batch_size, config.epochs, config.max_report_tokens) == (batch, epochs, tokens)
+    assert (config.beams, config.min_new_tokens, config.max_new_tokens) == (beams, least, most)
+    assert (config.lr, config.min_lr, config.weight_decay, config.seed) == (1e-4, 1e-6, 0.01, 42)
+    assert (config.warmup_steps, config.grad_clip, config.accumulate) == (0, 0, 1)
+    assert (config.repetition_penalty, config.length_penalty) == (2.0, 2.0)
+    assert (config.select_bleu4, config.select_cider) == (0.8, 0.2)
+    assert config.decay_all and not config.bucket and config.dataset == recipe
+
+
+def test_the_papers_cosine_by_hand() -> None:
+    config = parse("--recipe", "mimic_cxr", "--annotation", "a.json", "--images", "d")
+    # Five epochs: 1e-6 + 0.99e-4 / 2 (1 + cos(pi e / 5)); cos 36 = 0.809017, cos 72 = 0.309017.
+    by_hand = [1e-4, 9.05463e-5, 6.57963e-5, 3.52037e-5, 1.04537e-5]
+    for epoch, value in enumerate(by_hand):
+        for step in (epoch * 1000, epoch * 1000 + 999):  # every step of an epoch alike
+            assert learning_rate(config, step, 5000, epoch) == pytest.approx(value, rel=1e-5)
+    # Torch's own schedule, as the release calls it.
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([parameter], lr=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=5, eta_min=1e-6)
+    for epoch in range(5):
+        got = learning_rate(config, epoch * 7, 35, epoch)
+        assert got == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        schedule.step()
+    # A run that --max-steps cuts short keeps the schedule of its epochs.
+    assert learning_rate(config, 1000, 1500, 1) == pytest.approx(by_hand[1], rel=1e-5)
+
+
+def test_our_cosine_by_hand() -> None:
+    config = TrainConfig(lr=1e-3, min_lr=1e-5, warmup_steps=4)
+    rates = [learning_rate(config, k, 12, 0) for k in range(13)]
+    assert rates[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
+    assert rates[4] == pytest.approx(1e-3)
+    assert rates[6] == pytest.approx(1e-5 + 9.9e-4 * 0.5 * (1 + math.sqrt(0.5)))  # a quarter
+    assert rates[8] == pytest.approx(1e-5 + 9.9e-4 * 0.5)  # half of the way
+    assert rates[12] == pytest.approx(1e-5)
+
+
+def test_what_decays(trained: Path) -> None:
+    model = emrrg.load(trained)
+    parameters = dict(model.named_parameters())
+    never = ("norm", ".bias", "A_log", "A_b_log", "A_c_log", "A_c_b_log", ".D", ".D_b", ".D_c",
+             ".D_c_b", "pos_embed", "cls_token", "alpha")  # fmt: skip
+
+    def decayed(config: TrainConfig) -> set[str]:
+        groups = build_optimizer(config, parameters).param_groups
+        names = {id(p): n for n, p in parameters.items()}
+        assert sum(len(group["params"]) for group in groups) == len(parameters)
+        assert {group["weight_decay"] for group in groups} <= {0.0, 0.05}
+        return {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
+
+    expected = {n for n in parameters if not any(part in f".{n}" for part in never)}
+    assert decayed(TrainConfig(weight_decay=0.05)) == expected
+    assert any("in_proj" in n for n in expected) and any("conv1d" in n for n in expected)
+    assert decayed(TrainConfig(weight_decay=0.05, decay_all=True)) == set(parameters)
+
+
+def test_selection_and_early_stopping(
+    train: Train, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    scores = {"BLEU_4": 0.5, "CIDEr": 0.1}
+    assert selection_score(scores, TrainConfig()) == pytest.approx(0.8 * 0.5 + 0.2 * 0.1)
+    weighed = TrainConfig(select_bleu4=0.0, select_cider=3.0)
+    assert selection_score(scores, weighed) == pytest.approx(0.3)
+    # The scores of the validations; the second one is the best.
+    run, told = tmp_path / "run", iter([0.1, 0.4, 0.3, 0.2, 0.9, 0.9])
+    monkeypatch.setattr(command, "selection_score", lambda *_: next(told))
+    flags = [*small, "--epochs", 6, "--patience", 2]
+    with monkeypatch.context() as patch:  # stopped in between, it counts on
+        stop_at(patch, "training_step", 8, signal.SIGINT)
+        assert train(*flags, "--output", run) == 130
+    assert train("--resume", run) == 0
+    assert "stopped: no better score in 2 validations" in capsys.readouterr().out
+    assert read_index(run)["last"] == "step-000012"  # after the fourth epoch of three steps
+    assert read_index(run)["best"] == "step-000006"
+    assert {p.name for p in (run / "checkpoints").glob("step-*")} == {"step-000006", "step-000012"}
+    # And once stopped it does not train on.
+    assert train("--resume", run) == 0
+    assert read_index(run)["last"] == "step-000012"
+
+
+def test_validation_on_a_part_and_now_and_then(
+    train: Train, small: list[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    flags = ["--epochs", 5, "--eval-every", 2, "--val-studies", 2, "--keep-last", 3]
+    assert train(*small, *flags, "--output", run) == 0
+    assert [row["epoch"] for row in numbers(run) if "val" in row] == [2, 4, 5]
+    kept = {p.name for p in (run / "checkpoints").glob("step-*")}
+    assert kept >= {"step-000009", "step-000012", "step-000015"} and len(kept) <= 4
+
+
+# --- Options of the engine ---
+
+
+def test_half_precision_trains(train: Train, small: list[str], tmp_path: Path) -> None:
+    told = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        run = tmp_path / precision
+        flags = ["--precision", precision, "--drop-path", 0, "--epochs", 4]
+        assert train(*small, *flags, "--output", run) == 0
+        told[precision] = losses(run)
+        assert all(t.dtype == torch.float32 for t in weights(run).values())
+    assert told["bf16"] != told["fp32"] != told["fp16"]
+    for precision in ("bf16", "fp16"):
+        assert told[precision] == pytest.approx(told["fp32"], rel=5e-3)
+        assert told[precision][-1] < told[precision][0] - 0.2
+
+
+def test_a_scaler_comes_back(
+    train: Train, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*small, "--precision", "fp16"]
+    assert train(*flags, "--output", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, "training_step", 4, signal.SIGINT)
+        assert train(*flags, "--output", tmp_path / "run") == 130
+    assert train("--resume", tmp_path / "run") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_checkpointing_changes_no_number(
+    train: Train, trained: Path, adapted: Path, brief: list[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    flags = [*brief, *ADAPT, "--init", trained, "--checkpointing"]
+    assert train(*flags, "--output", run) == 0
+    expected = weights(adapted)
+    for name, got in weights(run).items():  # dropout included: its stream is played again
+        torch.testing.assert_close(got, expected[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_deterministic(train: Train, small: list[str], trained: Path, tmp_path: Path) -> None:
+    try:
+        assert train(*small, "--deterministic", "--output", tmp_path / "run") == 0
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_bits(weights(tmp_path / "run"), weights(trained))
+
+
+@pytest.mark.slow
+def test_compiled(train: Train, small: list[str], trained: Path, tmp_path: Path) -> None:
+    flags = [*small, "--compile", "--drop-path", 0]
+    assert train(*flags, "--output", tmp_path / "compiled") == 0
+    assert train(*small, "--drop-path", 0, "--output", tmp_path / "plain") == 0
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-3)
+
+
+def test_a_dry_run_leaves_nothing(
+    train: Train, small: list[str], trained: Path, brief: list[str], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert train(*small, "--dry-run") == 0
+    assert train(*brief, "--init", trained, "--dry-run") == 0
+    assert not list(tmp_path.iterdir())
+    said = capsys.readouterr().out
+    for text in ("dry run: loss", "a step takes", "an epoch of 3 steps takes about", "GiB",
+                 "reports/s; the first:", "adapters X"):  # fmt: skip
+        assert text in said, text
+
+
+def test_auto_batch(
+    train: Train, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("emrrg.engine.LARGEST_BATCH", 6)
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(patch, "training_step", 3, signal.SIGINT)
+        assert train(*small, "--auto-batch", "--output", run) == 130
+    assert "--auto-batch: 6 studies fit" in capsys.readouterr().out
+    assert (read_run_config(run).batch_size, read_run_config(run).auto_batch) == (6, False)
+    assert train("--resume", run) == 0
+    assert [row["step"] for row in numbers(run) if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_tensorboard(train: Train, small: list[str], tmp_path: Path) -> None:
+    reader = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="needs the extra emrrg[tensorboard]",
+    )
+    run = tmp_path / "run"
+    assert train(*small, "--tensorboard", "--output", run) == 0
+    events = reader.EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    points = {event.step: event.value for event in events.Scalars("loss")}
+    rows = {row["step"]: row["loss"] for row in numbers(run) if "loss" in row}
+    assert points == pytest.approx(rows)
+    assert "val/BLEU-4" in events.Tags()["scalars"]
+
+
+# --- Learning ---
+
+
+def test_it_learns_a_batch_by_heart(train: Train, tmp_path: Path) -> None:
+    """Four studies: the loss goes to nothing, and each report comes back word for word."""
+    run = tmp_path / "run"
+    flags = (
+        "--dataset phantoms --image-size 64 --decoder-dim 64 --decoder-layers 2 --decoder-heads 2 "
+        "--vocab-size 300 --train-studies 4 --val-studies 1 --test-studies 1 --batch-size 4 "
+        "--epochs 150 --eval-every 0 --beams 1 --max-new-tokens 100 --lr 3e-3 --warmup-steps 10 "
+        "--drop-path 0"
+    )
+    assert train(*flags.split(), "--output", run) == 0
+    assert losses(run)[0] > 4 and losses(run)[-1] < 0.05
+    studies = load_studies(read_run_config(run), 64, ("train",))["train"]
+    written = write_reports(emrrg.load(run), studies, read_run_config(run), torch.device("cpu"))
+    assert written.reports == studies.reports()
+    assert len(set(written.reports)) > 1
+
+
+@pytest.mark.skipif(not SAMPLE.exists(), reason="needs ../shared/data/xray-sample")
+def test_real_studies(tmp_path: Path) -> None:
+    """Train, evaluate and write on real images of one to three views, as a person would."""
+    run, image = tmp_path / "run", SAMPLE / "images"
+    data = ["--annotation", SAMPLE / "annotation.json", "--images", image]
+    records = json.loads((SAMPLE / "annotation.json").read_text())
+    views = [len(r["image_path"]) for split in records.values() for r in split]
+    assert max(views) > 1
+    flags = shlex.split(
+        "--dataset iu_xray --image-size 32 --decoder-dim 32 --decoder-layers 2 --decoder-heads 2 "
+        "--vocab-size 300 --epochs 1 --batch-size 8 --beams 1 --max-new-tokens 8 --log-every 1"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def call(name: str, *words: Any) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", f"emrrg.{name}", *map(str, words)],
+            capture_output=True, text=True, env=environment, timeout=250, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    said = call("train", *data, *flags, "--output", run)
+    assert "17 train, 4 val, 3 test studies (iu_xray)" in said
+    said = call("evaluate", run, "--split", "val", "--bootstrap", 10)
+    assert "4 studies" in said
+    study = next(r for r in records["test"] if len(r["image_path"]) > 1)
+    said = call("generate", run, *(image / name for name in study["image_path"]), "--json")
+    assert json.loads(said)["report"] is not None

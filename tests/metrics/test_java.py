@@ -151,7 +151,9 @@ def test_a_program_that_does_not_stop_is_ended(
     """The conversation is over, the program is not: it does not care that nobody writes to it."""
     note = tmp_path / "pid"
     body = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid()))"
-    play_java(tmp_path, body + "; print('nonsense', flush=True); time.sleep(600)", monkeypatch)
+    play_java(
+        tmp_path, body + "; print('nonsense\\n' * 2, flush=True); time.sleep(600)", monkeypatch
+    )
     with pytest.raises(JavaError, match="where a number was due"):
         meteor([(["a"], ["b"])], timeout=60)
     assert not alive(int(note.read_text()))

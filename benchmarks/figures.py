@@ -1,0 +1,162 @@
+"""Pictures of results, drawn in greys: lines differ in dash and marker, bars in shade and hatch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.results import Record, groups, measured
+
+STYLES = (
+    {"color": "black", "linestyle": "-", "marker": "o"},
+    {"color": "0.45", "linestyle": "--", "marker": "s"},
+    {"color": "black", "linestyle": ":", "marker": "^"},
+    {"color": "0.6", "linestyle": "-.", "marker": "D"},
+    {"color": "0.3", "linestyle": (0, (5, 1, 1, 1)), "marker": "v"},
+    {"color": "0.7", "linestyle": "-", "marker": "x"},
+    {"color": "black", "linestyle": (0, (1, 3)), "marker": "P"},
+    {"color": "0.5", "linestyle": (0, (3, 1, 1, 1, 1, 1)), "marker": "*"},
+)
+PARTS = (
+    ("weights", "0.85", ""),
+    ("optimizer", "0.6", "//"),
+    ("gradients", "0.35", ".."),
+    ("kept", "white", "xx"),
+)
+LABELS = {"optimizer": "AdamW's state", "kept": "activations"}
+MEBIBYTE = 2**20
+
+
+def names(stored: Mapping[str, Any], suite: str) -> list[tuple[str, str]]:
+    """File names and captions of a suite's pictures."""
+    stem = results.path(stored["machine"]["device"]).stem
+    records = [r for r in stored["records"] if r["suite"] == suite and measured(r)]
+    if suite == "finetune" and any(r.get("memory") for r in records):
+        return [(f"{stem}-finetune.png", "speed and memory of a training step by regime")]
+    curves = dict.fromkeys(r["series"]["name"] for r in records if r.get("series"))
+    return [(f"{stem}-{_file(name)}.png", name) for name in curves if _points(records, name) > 1]
+
+
+def draw(stored: Mapping[str, Any], folder: Path) -> None:
+    """Draw all pictures of a device into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for suite in dict.fromkeys(r["suite"] for r in stored["records"]):
+        records = [r for r in stored["records"] if r["suite"] == suite and measured(r)]
+        for name, caption in names(stored, suite):
+            if suite == "finetune":
+                _draw_steps(records, stored["machine"]["device"], folder / name)
+            else:
+                own = [r for r in records if r.get("series") and r["series"]["name"] == caption]
+                _draw_curve(own, caption, stored["machine"]["device"], folder / name)
+
+
+def _points(records: list[Record], name: str) -> int:
+    own = [r for r in records if r.get("series") and r["series"]["name"] == name]
+    return len({r["series"]["x"] for r in own})
+
+
+def _file(name: str) -> str:
+    return "-".join(name.replace(",", "").split())
+
+
+def _figure(columns: int, width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns)
+
+
+def _draw_curve(records: list[Record], title: str, device: str, path: Path) -> None:
+    figure, (left, right) = _figure(2, 10, 4)
+    whose = dict.fromkeys(r["contender"] for r in records)
+    for who, style in zip(whose, _cycle(), strict=False):
+        own = sorted(
+            (r for r in records if r["contender"] == who), key=lambda r: r["series"]["x"]
+        )
+        x = [r["series"]["x"] for r in own]
+        left.plot(x, [r["median"] for r in own], label=who, markersize=5, **style)
+        left.fill_between(x, [r["q1"] for r in own], [r["q3"] for r in own], color="0.9")
+        room = [(r["series"]["x"], r["memory"]["peak"]) for r in own if r.get("memory")]
+        if room:
+            right.plot(
+                [x for x, _ in room], [y / MEBIBYTE for _, y in room], markersize=5, **style
+            )
+    unit = records[0]["series"]["unit"]
+    for axes, what in ((left, "time, seconds"), (right, "peak memory, MiB")):
+        axes.set(xscale="log", yscale="log", xlabel=unit, ylabel=what)
+        axes.grid(True, which="both", color="0.92")
+        axes.set_axisbelow(True)
+    figure.suptitle(f"{title} ({device})", fontsize=10)
+    left.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_steps(records: list[Record], device: str, path: Path) -> None:
+    tables = groups(records)
+    names = [group for _, group in tables]
+    systems = dict.fromkeys(name.split("-batch")[0] for name in names)
+    system = next(iter(systems))
+    chosen = {g: t for (_, g), t in tables.items() if g.split("-batch")[0] == system}
+    figure, (left, right) = _figure(2, 13, 4.4)
+    regimes = list(dict.fromkeys(r["contender"] for r in records))
+    width = 0.8 / len(regimes)
+    shades = ("black", "0.45", "0.7", "white")
+    for k, regime in enumerate(regimes):
+        for i, table in enumerate(chosen.values()):
+            record = table.get(regime)
+            if record is None:
+                continue
+            place = i + (k - (len(regimes) - 1) / 2) * width
+            left.bar(
+                place,
+                record["items"][0] / record["median"],
+                width * 0.95,
+                color=shades[k % 4],
+                edgecolor="black",
+                label=regime if i == 0 else None,
+            )
+            _stack(right, record, place, width * 0.95, first=i == 0 and k == 0)
+    labels = [
+        f"{t['batch']}{', ckpt' if t['checkpointing'] else ''}"
+        for t in (next(iter(table.values()))["facts"] for table in chosen.values())
+    ]
+    for axes, what in ((left, "studies a second"), (right, "memory, MiB")):
+        axes.set_xticks(range(len(chosen)), labels, fontsize=8)
+        axes.set(xlabel="studies a batch (ckpt: activation checkpointing)", ylabel=what)
+    right.set_title(f"bars by regime: {', '.join(regimes)}; line: peak of a step", fontsize=8)
+    left.legend(fontsize=8)
+    right.legend(fontsize=8)
+    figure.suptitle(f"{system} ({device})", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def _stack(axes: Any, record: Record, place: float, width: float, first: bool) -> None:
+    memory = record.get("memory")
+    if not memory:
+        return
+    below = 0.0
+    for part, color, hatch in PARTS:
+        height = memory[part] / MEBIBYTE
+        axes.bar(
+            place,
+            height,
+            width,
+            bottom=below,
+            color=color,
+            hatch=hatch,
+            edgecolor="black",
+            linewidth=0.4,
+            label=LABELS.get(part, part) if first else None,
+        )
+        below += height
+    peak = (memory["weights"] + memory["optimizer"] + memory["peak"]) / MEBIBYTE
+    axes.plot([place - width / 2, place + width / 2], [peak, peak], color="black", linewidth=2)
+
+
+def _cycle() -> Iterator[dict[str, Any]]:
+    while True:
+        yield from STYLES

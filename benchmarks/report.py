@@ -1,0 +1,592 @@
+"""Results to a page, pictures and the README's table: ``python -m benchmarks.report``.
+
+Reads ``benchmarks/results/*.json``, one file a device; writes ``docs/benchmarks.md``, pictures
+beside it, and what stands between the markers in ``README.md``. Devices are never mixed: each has
+its own section, and every ratio is of two times of one run. What was not measured says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks import figures, results, roofline
+from benchmarks.results import Record, groups, measured
+
+ROOT = Path(__file__).parents[1]
+PAGE = Path("docs/benchmarks.md")
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+NOT_MEASURED = "not measured"
+PAPER_SCANS = ((64, 768, 197), (32, 1024, 577), (8, 2048, 4096), (1, 2048, 65536))
+PAPER_IMAGES = (("base", 768, 12), ("large", 1024, 24))
+
+INTRO = """\
+# Benchmarks
+
+Written by `python -m benchmarks.report` from `benchmarks/results/`; do not edit.
+
+```bash
+pip install -e ".[test,bench]" -c constraints.txt
+pytest benchmarks/ --benchmark-only                     # minutes on two cores; on CUDA, GPU sizes
+pytest benchmarks/ --benchmark-only --size full --save  # keep a run in benchmarks/results/
+pytest benchmarks/ --benchmark-only --compare benchmarks/results/DEVICE.json
+python -m benchmarks.report
+```
+
+How it is measured: every contender gets the same inputs, and its results are compared with float64
+before anything is timed; the time is the median over rounds after a warm-up, with the quartiles,
+by a clock that waits for the device; peak memory is the allocator's on CUDA and, on the CPU, that
+of a fresh process, above the inputs. Ratios are of two times of one run on one machine. A peer
+that is not installed is left out with the line that installs it. Triton's interpreter is never
+timed.
+"""
+
+SUITES = {
+    "finetune": "Fine-tuning: a training step by regime",
+    "selective_scan": "Selective scan",
+    "mixer": "The four-direction mixer",
+    "encoder": "The encoder as images grow",
+    "lora_linear": "LoRA-fused linear layer",
+    "generation": "Writing reports",
+    "data": "Images, labels and scores",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page, the pictures and the README's table.
+
+    Args:
+        argv: arguments; None: `sys.argv`.
+    Returns:
+        0; with ``--check`` 1 where the page or the table is not what the results say.
+    """
+    parser = argparse.ArgumentParser(prog="benchmarks.report", description=main.__doc__)
+    parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of the runs")
+    parser.add_argument("--root", type=Path, default=ROOT, help="where docs/ and README.md are")
+    parser.add_argument("--check", action="store_true", help="write nothing, compare")
+    options = parser.parse_args(argv)
+    try:
+        devices = [results.read(file) for file in sorted(options.results.glob("*.json"))]
+    except results.ResultError as error:
+        print(f"benchmarks.report: error: {error}", file=sys.stderr)
+        return 2
+    page, readme = options.root / PAGE, options.root / "README.md"
+    text = render(devices)
+    table = with_table(readme.read_text(encoding="utf-8"), readme_table(devices))
+    if options.check:
+        old = page.read_text(encoding="utf-8") if page.exists() else ""
+        stale = [
+            str(path)
+            for path, new, before in (
+                (page, text, old),
+                (readme, table, readme.read_text(encoding="utf-8")),
+            )
+            if new != before
+        ]
+        for path in stale:
+            print(f"{path}: is not what the results say; run python -m benchmarks.report")
+        return int(bool(stale))
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text, encoding="utf-8")
+    readme.write_text(table, encoding="utf-8")
+    for stored in devices:
+        figures.draw(stored, page.with_suffix(""))
+    return 0
+
+
+def render(devices: Sequence[Mapping[str, Any]]) -> str:
+    """The page."""
+    parts = [INTRO, *asked(devices), *shares()]
+    for stored in devices:
+        parts += device_section(stored)
+    if not any(stored["machine"]["kind"] == "cuda" for stored in devices):
+        parts += ["## GPU", f"Every suite: {NOT_MEASURED}. What to expect on paper follows."]
+    parts += on_paper(devices)
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def with_table(text: str, table: str) -> str:
+    """A README with the table between its markers; as it is where it has none."""
+    if BEGIN not in text or END not in text:
+        return text
+    before, rest = text.split(BEGIN, 1)
+    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END, 1)[1]}"
+
+
+# What the suites were asked to show.
+
+CLAIMS = (
+    ("scan forward + backward at (8, 768, 197, 16) on the CPU, against mamba_ssm's reference", 200),
+    ("the same against mambapy", 15),
+    ("reports at 5 beams against transformers' generate, least of all settings", 2),
+    ("training step, peft against full fine-tuning: studies a second, least of all batches", 1),
+    ("the same, peft against training the encoder", 1),
+    ("peak memory, full fine-tuning against peft, least of all batches", 1),
+    ("the same, training the encoder against peft", 1),
+)
+
+
+def claims(stored: Mapping[str, Any]) -> list[float | None]:
+    """How many times faster, or smaller, than the peer: one number for each of `CLAIMS`."""
+    tables = groups(stored["records"])
+    on_cpu = stored["machine"]["kind"] == "cpu"
+    scan = tables.get(("selective_scan", "both-8x768x197-float32"), {}) if on_cpu else {}
+    ours = best(scan)
+    beams = [t for (s, g), t in tables.items() if s == "generation" and g.startswith("beams5-")]
+    steps = [t for (s, _), t in tables.items() if s == "finetune"]
+    return [
+        quotient(scan.get("mamba_ssm reference"), ours),
+        quotient(scan.get("mambapy"), ours),
+        least(quotient(t.get("transformers"), t.get("emrrg")) for t in beams),
+        least(quotient(t.get("full"), t.get("peft")) for t in steps),
+        least(quotient(t.get("encoder"), t.get("peft")) for t in steps),
+        least(smaller(t.get("full"), t.get("peft")) for t in steps),
+        least(smaller(t.get("encoder"), t.get("peft")) for t in steps),
+    ]
+
+
+def best(table: Mapping[str, Record]) -> Record | None:
+    """The fastest of ours."""
+    ours = [r for r in table.values() if r["ours"] and measured(r)]
+    return min(ours, key=lambda r: r["median"], default=None)
+
+
+def quotient(slow: Record | None, fast: Record | None) -> float | None:
+    """How many times longer one takes; None where either was not measured."""
+    if slow is None or fast is None or not (measured(slow) and measured(fast)):
+        return None
+    return slow["median"] / fast["median"]
+
+
+def smaller(large: Record | None, small: Record | None) -> float | None:
+    """How many times more memory one takes at its peak."""
+    above, below = step_peak(large), step_peak(small)
+    return None if above is None or below is None else above / below
+
+
+def step_peak(record: Record | None) -> float | None:
+    """Bytes of a training step: what it holds anyway, and its peak above that."""
+    memory = (record or {}).get("memory")
+    return memory["weights"] + memory["optimizer"] + memory["peak"] if memory else None
+
+
+def least(values: Iterable[float | None]) -> float | None:
+    """The smallest that was measured."""
+    return min((v for v in values if v is not None), default=None)
+
+
+def asked(devices: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The claims, device by device."""
+    head = ["what", "wanted", *(stored["machine"]["device"] for stored in devices)]
+    found = [claims(stored) for stored in devices]
+    if not any(stored["machine"]["kind"] == "cuda" for stored in devices):
+        head.append("GPU")
+        found.append([None] * len(CLAIMS))
+    rows = [
+        [what, f"> {wanted} x", *(times(column[i]) for column in found)]
+        for i, (what, wanted) in enumerate(CLAIMS)
+    ]
+    return ["## What was to be shown", markdown([head, *rows])]
+
+
+def readme_table(devices: Sequence[Mapping[str, Any]]) -> str:
+    """The claims in short, for the README."""
+    return asked(devices)[1]
+
+
+def times(value: float | None) -> str:
+    """A ratio for people."""
+    return NOT_MEASURED if value is None else f"{value:.3g} x" if value < 100 else f"{value:.0f} x"
+
+
+@cache
+def _share_rows() -> tuple[tuple[str, ...], ...]:
+    import torch
+
+    from emrrg.audit import LLAMA_2_7B, AuditConfig, System, parameter_groups, shares
+    from emrrg.model import set_regime
+
+    rows = []
+    for preset in ("base", "large"):
+        for every in (8, 0):
+            with torch.device("meta"):
+                model = System(AuditConfig(preset=preset, hybrid_every=every), LLAMA_2_7B)  # type: ignore[arg-type]
+            set_regime(model, "peft")  # type: ignore[arg-type]
+            found = shares(parameter_groups(model))
+            count = list(found["numerators"].values())
+            percent = list(found["percent"].values())
+            last = percent[-1] if every else percent[1]
+            rows.append(
+                (
+                    f"{preset}, {'hybrid layers every 8' if every else 'no hybrid layers'}",
+                    f"{count[0]:,} ({percent[0]['encoder']:.2f} %)",
+                    f"{count[1]:,} ({percent[1]['encoder + projector']:.2f} %)",
+                    f"{count[-1]:,} ({last['whole system']:.2f} %)",
+                )
+            )
+    return tuple(rows)
+
+
+def shares() -> list[str]:
+    """Trainable shares, counted from shapes by `emrrg.audit`."""
+    head = ["LoRA on X, rank 16; Llama-2-7B", "of the encoder", "of encoder and projector",
+            "of the whole system"]  # fmt: skip
+    return [
+        "## What trains",
+        markdown([head, *map(list, _share_rows())]),
+        "The paper says 2.3 %, without a baseline. `python -m emrrg.audit` takes it apart: its "
+        "release trains 2.322 % of those modules of the large encoder and the projector that a "
+        "hook-based counter sees.",
+    ]
+
+
+# A device.
+
+
+def device_section(stored: Mapping[str, Any]) -> list[str]:
+    """Everything measured on one device."""
+    machine = stored["machine"]
+    parts = [f"## {machine['device']}", runs_line(stored)]
+    tables = groups(stored["records"])
+    for suite, title in SUITES.items():
+        mine = {group: table for (s, group), table in tables.items() if s == suite}
+        parts.append(f"### {title}")
+        if not mine:
+            parts.append(f"{NOT_MEASURED.capitalize()}.")
+            continue
+        if suite == "finetune":
+            parts.append(finetune_table(mine))
+        else:
+            parts.append(suite_table(mine, stored))
+        reasons = skipped(mine)
+        if reasons:
+            parts.append(f"{NOT_MEASURED.capitalize()}:\n\n" + "\n".join(reasons))
+        fits = fit_table(mine)
+        if fits:
+            parts += ["Growth, time ~ x^k and memory ~ x^k:", fits]
+        parts += [
+            f"![{caption}](benchmarks/{name})" for name, caption in figures.names(stored, suite)
+        ]
+    return parts
+
+
+def runs_line(stored: Mapping[str, Any]) -> str:
+    """When and with what."""
+    lines = []
+    for i, run in enumerate(stored["runs"]):
+        suites = sorted({r["suite"] for r in stored["records"] if r["run"] == i})
+        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+        rates = run["rates"]
+        lines.append(
+            f"- {run['time']} UTC, commit {run['commit'] or 'unknown'}, size {run['size']}: "
+            f"{', '.join(suites)}. {versions}. A copy moves {rates['bytes'] / 1e9:.3g} GB/s, "
+            f"{rates['exps'] / 1e9:.3g} G exponentials/s, products {rates['flops'] / 1e9:.4g} "
+            "GFLOP/s."
+        )
+    return "\n".join(lines)
+
+
+def suite_table(tables: Mapping[str, Mapping[str, Record]], stored: Mapping[str, Any]) -> str:
+    """A row a contender and group: time, spread, against the fastest of ours, memory, error."""
+    items = next((r["items"][1] for t in tables.values() for r in t.values() if r["items"]), None)
+    floors = stored["machine"]["kind"], any(
+        r["facts"].get("exps") for t in tables.values() for r in t.values()
+    )
+    head = ["group", "who", "median", "quartiles", "x ours"]
+    head += [f"{items} a second"] if items else []
+    head += ["of the floor"] if floors[1] else []
+    head += ["peak memory", "largest error"]
+    rows = [head]
+    for group, table in tables.items():
+        ours = best(table)
+        for name, record in table.items():
+            if not measured(record):
+                continue
+            ratio = quotient(record, ours)
+            row = [
+                group,
+                f"**{name}**" if record["ours"] else name,
+                seconds(record["median"]),
+                f"{seconds(record['q1'])} - {seconds(record['q3'])}",
+                "" if ratio is None else f"{ratio:.3g}",
+            ]
+            row += [per_second(record)] if items else []
+            row += [floor_share(record, stored)] if floors[1] else []
+            memory = (record.get("memory") or {}).get("peak")
+            error = max((record.get("errors") or {"": None}).values(), key=lambda e: e or 0)
+            row += [
+                "" if memory is None else size(memory),
+                "" if error is None else f"{error:.1e}",
+            ]
+            rows.append(row)
+    return markdown(rows)
+
+
+def finetune_table(tables: Mapping[str, Mapping[str, Record]]) -> str:
+    """A row a regime and batch: what trains, what a step takes, what it holds."""
+    rows = [
+        [
+            "system", "batch", "checkpointing", "regime", "trains", "studies a second", "x peft",
+            "weights", "gradients", "AdamW", "activations", "peak of a step", "x peft",
+        ]
+    ]  # fmt: skip
+    for group, table in tables.items():
+        system = group.split("-batch")[0]
+        for name, record in table.items():
+            facts = record["facts"]
+            row = [system, str(facts["batch"]), "yes" if facts["checkpointing"] else "no", name]
+            if not measured(record):
+                rows.append([*row, "", record.get("skipped", NOT_MEASURED), *[""] * 7])
+                continue
+            memory = record.get("memory") or {}
+            speed, room = quotient(record, table.get("peft")), smaller(record, table.get("peft"))
+            peak = step_peak(record)
+            rows.append(
+                [
+                    *row,
+                    f"{memory['trainable']:,} ({share_of(memory)})" if memory else "",
+                    per_second(record),
+                    "" if speed is None else f"{1 / speed:.2f}",
+                    *(size(memory[k]) if memory else "" for k in MEMORY_PARTS),
+                    "" if peak is None else size(peak),
+                    "" if room is None else f"{room:.2f}",
+                ]
+            )
+    return markdown(rows)
+
+
+MEMORY_PARTS = ("weights", "gradients", "optimizer", "kept")
+
+
+def share_of(memory: Mapping[str, int]) -> str:
+    """Trainable parameters as a share of all."""
+    return f"{100 * memory['trainable'] / memory['parameters']:.2f} %"
+
+
+def skipped(tables: Mapping[str, Mapping[str, Record]]) -> list[str]:
+    """Who was left out and why, each reason once."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for group, table in tables.items():
+        for name, record in table.items():
+            if record.get("skipped"):
+                reasons.setdefault((name, record["skipped"]), []).append(group)
+    return [
+        f"- {name}{'' if len(where) == len(tables) else ' (' + ', '.join(where) + ')'}: {reason}"
+        for (name, reason), where in reasons.items()
+    ]
+
+
+def floor_share(record: Record, stored: Mapping[str, Any]) -> str:
+    """The floor of the counted bytes and exponentials, as a share of the time."""
+    if not record["facts"].get("exps"):
+        return ""
+    rates = stored["runs"][record["run"]]["rates"]
+    card = roofline.measured_card(stored["machine"]["device"], rates)
+    return f"{100 * roofline.floor(counts_of(record), card) / record['median']:.0f} %"
+
+
+def counts_of(record: Record) -> roofline.Counts:
+    """What was counted for a record."""
+    facts = record["facts"]
+    return roofline.Counts(
+        facts.get("bytes", 0.0),
+        facts.get("exps", 0.0),
+        facts.get("flops", 0.0),
+        facts.get("instructions", 0.0),
+    )
+
+
+def fit(points: Sequence[tuple[float, float]]) -> float | None:
+    """k of y ~ x^k, by least squares of the logarithms; None for fewer than three points."""
+    if len(points) < 3 or any(y <= 0 for _, y in points):
+        return None
+    logs = [(math.log(x), math.log(y)) for x, y in points]
+    middle = [sum(v) / len(logs) for v in zip(*logs, strict=True)]
+    above = sum((x - middle[0]) * (y - middle[1]) for x, y in logs)
+    return above / sum((x - middle[0]) ** 2 for x, _ in logs)
+
+
+def series(
+    tables: Mapping[str, Mapping[str, Record]],
+) -> dict[str, dict[str, list[Record]]]:
+    """Measured records of each curve, by contender, in the order of x."""
+    found: dict[str, dict[str, list[Record]]] = {}
+    for table in tables.values():
+        for name, record in table.items():
+            if record.get("series") and measured(record):
+                curve = found.setdefault(record["series"]["name"], {})
+                curve.setdefault(name, []).append(record)
+    for curves in found.values():
+        for records in curves.values():
+            records.sort(key=lambda r: r["series"]["x"])
+    return found
+
+
+def fit_table(tables: Mapping[str, Mapping[str, Record]]) -> str:
+    """k of time and memory for each curve; empty where no curve has three points."""
+    rows = [["curve", "who", "x from - to", "k of the time", "k of the memory"]]
+    for name, curves in series(tables).items():
+        for who, records in curves.items():
+            points = [(r["series"]["x"], r["median"]) for r in records]
+            k = fit(points)
+            if k is None:
+                continue
+            weights = [
+                (r["series"]["x"], r["memory"]["peak"]) for r in records if r.get("memory")
+            ]
+            room = fit(weights) if len(weights) == len(points) else None
+            unit = records[0]["series"]["unit"]
+            rows.append(
+                [
+                    name,
+                    who,
+                    f"{points[0][0]} - {points[-1][0]} {unit}",
+                    f"{k:.2f}",
+                    "" if room is None else f"{room:.2f}",
+                ]
+            )
+    return markdown(rows) if len(rows) > 1 else ""
+
+
+# On paper.
+
+
+def on_paper(devices: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The model's times for cards that nobody has to have, and the model against measurements."""
+    cards = roofline.CARDS
+    rows = [["bf16, N = 16, (B, D, L)", "", *(card.name for card in cards), "bound by"]]
+    for batch, dim, length in PAPER_SCANS:
+        scan = roofline.Scan(batch, dim, length, size=2)
+        for mode in ("forward", "backward"):
+            counts = scan.mode(mode)
+            rows.append(
+                [
+                    f"({batch}, {dim}, {length})",
+                    mode,
+                    *(
+                        f"{seconds(roofline.model(counts, card))} "
+                        f"(floor {seconds(roofline.floor(counts, card))})"
+                        for card in cards
+                    ),
+                    ", ".join(dict.fromkeys(roofline.bound(counts, card) for card in cards)),
+                ]
+            )
+        peer = roofline.peer_scan(scan)
+        for i, mode in enumerate(("forward", "backward")):
+            if peer is not None:
+                rows.append(
+                    [
+                        f"({batch}, {dim}, {length})",
+                        f"{mode}, mamba_ssm's kernel",
+                        *(seconds(peer[i] / card.issue) for card in cards),
+                        "instructions",
+                    ]
+                )
+    images = [["encoder, forward, 64 images, bf16", *(card.name for card in cards), "slowest parts"]]
+    for name, dim, depth in PAPER_IMAGES:
+        for pixels in (224, 1280):
+            parts = roofline.encoder(64, pixels, dim, depth)
+            h200 = {part: roofline.model(counts, cards[-1]) for part, counts in parts.items()}
+            slowest = sorted(h200, key=lambda part: -h200[part])[:3]
+            images.append(
+                [
+                    f"{name}, {pixels} px",
+                    *(
+                        seconds(sum(roofline.model(c, card) for c in parts.values()))
+                        for card in cards
+                    ),
+                    ", ".join(f"{p} {100 * h200[p] / sum(h200.values()):.0f} %" for p in slowest),
+                ]
+            )
+    return [
+        "## On paper: A100, H100, H200",
+        f"""\
+None of this is measured. The floor is what the bytes, the exponentials or the products must take;
+the model adds the instructions that the compiled kernels issue: {roofline.FORWARD_INSTRUCTIONS}
+for each (b, d, l, n) forward and {roofline.BACKWARD_INSTRUCTIONS} backward, counted in the machine
+code for sm_90 and taken for all three cards (mamba_ssm's CUDA kernels: 55 and 112 at length 197,
+23 and 71 at 4096). Assumed: a copy reaches {100 * roofline.COPY_SHARE:.0f} % of the memory's rate
+(measured on an H200), products {100 * roofline.PRODUCT_SHARE:.0f} % of the data sheet's; every
+operation reads and writes memory once; no time for launches, latency, or uneven work. So a real
+run is slower than the model, and a kernel that takes more than twice its time deserves a look.""",
+        markdown(rows),
+        markdown(images),
+        "### The model against what was measured",
+        checked_model(devices),
+    ]
+
+
+def checked_model(devices: Sequence[Mapping[str, Any]]) -> str:
+    """Predicted and measured times of our scan, for every device."""
+    rows = [["device", "scan", "who", "floor", "model", "measured", "measured / model"]]
+    for stored in devices:
+        for (suite, group), table in groups(stored["records"]).items():
+            record = best(table) if suite == "selective_scan" else None
+            if record is None or record.get("series"):
+                continue
+            rates = stored["runs"][record["run"]]["rates"]
+            card = roofline.measured_card(stored["machine"]["device"], rates)
+            counts = counts_of(record)
+            predicted = roofline.model(counts, card)
+            rows.append(
+                [
+                    stored["machine"]["device"],
+                    group,
+                    record["contender"],
+                    seconds(roofline.floor(counts, card)),
+                    seconds(predicted),
+                    seconds(record["median"]),
+                    f"{record['median'] / predicted:.2f}",
+                ]
+            )
+    if len(rows) == 1:
+        return f"{NOT_MEASURED.capitalize()}."
+    note = (
+        "On a CPU the model is its floor, from the rates of the copy and of `torch.exp2` that the "
+        "run itself measured. On GPUs: " + NOT_MEASURED + "."
+        if not any(stored["machine"]["kind"] == "cuda" for stored in devices)
+        else "On a CPU the model is its floor, from rates that the run itself measured."
+    )
+    return markdown(rows) + "\n\n" + note
+
+
+# For people.
+
+
+def per_second(record: Record) -> str:
+    """The rate of a record's items."""
+    if not record["items"]:
+        return ""
+    rate = record["items"][0] / record["median"]
+    return f"{rate:.3g}" if rate < 1000 else f"{rate:,.0f}"
+
+
+def seconds(value: float) -> str:
+    """A time with three digits."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value / 1e-6:.3g} us"
+
+
+def size(value: float) -> str:
+    """Bytes with three digits."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value / 2**10:.3g} KiB"
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table; the first row is the head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
