@@ -68,7 +68,10 @@ def file(kind: str, height: int, width: int, seed: int = 0) -> Path:
         return path
     path = path.with_suffix(".jpg" if kind == "jpeg8" else ".png")
     picture = Image.fromarray(pixels if kind == "png16" else (pixels >> 4).astype(np.uint8))
-    picture.save(path, **({"quality": 95} if kind == "jpeg8" else {}))
+    if kind == "jpeg8":
+        picture.save(path, quality=95)
+    else:
+        picture.save(path)
     return path
 
 
@@ -120,8 +123,9 @@ def image_truth(kind: str, height: int, width: int) -> dict[str, Tensor]:
     else:
         with Image.open(file(kind, height, width)) as picture:
             grey = np.asarray(picture).astype(np.float64)
-    picture = Image.fromarray(grey.astype(np.float32)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    return {"pixels": torch.from_numpy(np.array(picture)).double()[..., None].expand(-1, -1, 3)}
+    exact = Image.fromarray(grey.astype(np.float32))
+    resized = np.array(exact.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+    return {"pixels": torch.from_numpy(resized).double()[..., None].expand(-1, -1, 3)}
 
 
 class Images(Dataset[Tensor]):

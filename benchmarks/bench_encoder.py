@@ -1,6 +1,6 @@
 """The whole encoder: how time and memory grow with the image, beside a ViT of equal parameters.
 
-    pytest benchmarks/bench_encoder.py --benchmark-only
+pytest benchmarks/bench_encoder.py --benchmark-only
 """
 
 from __future__ import annotations

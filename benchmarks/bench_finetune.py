@@ -1,10 +1,10 @@
 """One training step of the whole system by regime: what Partial LoRA saves.
 
 What is timed is what ``python -m emrrg.train`` does a step: normalise the images, forward,
-backward, clip, AdamW, in its precision and storage. ``linear-probe`` works on image features that are computed once, as training
-does; ``peft`` is LoRA on X with rank 16, the projector and the hybrid layers, ``encoder`` trains
-the encoder in place of the adapters, ``full`` everything. Each with and without activation
-checkpointing, which recomputes the encoder's blocks.
+backward, clip, AdamW, in its precision and storage. ``peft`` trains LoRA on X with rank 16, the
+projector and the hybrid layers; ``encoder`` the encoder in place of the adapters; ``full``
+everything; ``linear-probe`` the projector, on image features that are computed once, as training
+does. Each with and without activation checkpointing, which recomputes the encoder's blocks.
 
 Memory: weights, gradients and AdamW's state as their tensors have it; activations, what autograd
 keeps for the backward pass, counted tensor by tensor; and the peak of a step, measured (of a
@@ -104,9 +104,11 @@ def model_of(
     finally:
         torch.set_default_dtype(before)
     language.add_hybrid_layers(range(0, sizes.num_hidden_layers, HYBRID_EVERY))
+    sizes_of_encoder = encoders.preset(name)
     config = ModelConfig(
         image_size=pixels,
-        **encoders.preset(name),
+        dim=sizes_of_encoder["dim"],
+        depth=sizes_of_encoder["depth"],
         decoder=language.config.to_dict(),
         lora_targets=("X",) if regime == "peft" else (),
     )

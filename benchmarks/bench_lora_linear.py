@@ -115,7 +115,7 @@ def by_peft(layer: Layer) -> Callable[[Layer, Tensor, float], Tensor]:
     config = LoraConfig(
         r=RANK, lora_alpha=int(SCALE * RANK), lora_dropout=DROPOUT, target_modules=["linear"]
     )
-    adapted = inject_adapter_in_model(config, holder).linear.to(device)
+    adapted: Any = inject_adapter_in_model(config, holder).linear.to(device)  # type: ignore[union-attr]
     adapted.lora_A["default"].weight = layer.A
     padded = F.pad(layer.B.detach(), (0, 0, 0, outputs - layer.B.shape[0]))
     adapted.lora_B["default"].weight = layer.B = nn.Parameter(padded)
@@ -175,9 +175,7 @@ def build(
             found["dB"] = found["dB"][:range_rows]
         return found
 
-    return Work(
-        lambda: compute(dropout), results=None if contender == NONE else results
-    )
+    return Work(lambda: compute(dropout), results=None if contender == NONE else results)
 
 
 def truth(

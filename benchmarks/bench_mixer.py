@@ -1,6 +1,6 @@
 """The four-direction mixer against the released composition, and against attention of its width.
 
-    pytest benchmarks/bench_mixer.py --benchmark-only
+pytest benchmarks/bench_mixer.py --benchmark-only
 """
 
 from __future__ import annotations

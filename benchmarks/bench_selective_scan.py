@@ -128,9 +128,7 @@ def flipped(name: str, value: Tensor) -> Tensor:
     return value.transpose(1, 2).contiguous() if value.ndim == 3 else value
 
 
-def build(
-    contender: str, mode: str, batch: int, dim: int, length: int, dtype: str
-) -> Work:
+def build(contender: str, mode: str, batch: int, dim: int, length: int, dtype: str) -> Work:
     """The work of one contender, in its own layout."""
     given = inputs(batch, dim, length, getattr(torch, dtype), machine.device())
     first = contender in CHANNELS_FIRST
@@ -240,12 +238,14 @@ def cases(size: str) -> list[tuple[Case, Contender]]:
     wanted: list[tuple[str, tuple[int, int, int], bool]] = [
         (mode, shape, False) for shape in SHAPES[kind][size] for mode in MODES
     ]
-    (batch, dim), lengths = CURVE[kind][size]
-    wanted += [("both", (batch, dim, length), True) for length in lengths]
+    (rows, channels), lengths = CURVE[kind][size]
+    wanted += [("both", (rows, channels, length), True) for length in lengths]
     pairs = []
     for mode, shape, curve in wanted:
-        arguments = dict(zip(("batch", "dim", "length"), shape, strict=True))
-        arguments |= {"mode": mode, "dtype": dtype}
+        batch, dim, length = shape
+        arguments = {
+            "mode": mode, "batch": batch, "dim": dim, "length": length, "dtype": dtype,
+        }  # fmt: skip
         case = Case(
             suite="selective_scan",
             group=f"{mode}-{'x'.join(map(str, shape))}-{dtype}",

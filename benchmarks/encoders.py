@@ -46,7 +46,8 @@ def preset(name: str) -> dict[str, int]:
 def encoder(contender: str, name: str, pixels: int) -> nn.Module:
     """An encoder, the same weights for all but the ViT, which has as many."""
     torch.manual_seed(0)
-    ours = VisionMamba(image_size=pixels, drop_path=0.0, **preset(name))
+    sizes = preset(name)
+    ours = VisionMamba(pixels, dim=sizes["dim"], depth=sizes["depth"], drop_path=0.0)
     if contender == VIT:
         count = sum(p.numel() for p in ours.parameters())
         return peers.VisionTransformer(pixels, **preset(name), parameters=count)
@@ -130,9 +131,7 @@ def _draw(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def _work(
-    model: nn.Module, mode: str, inputs: Tensor, call: Callable[[Tensor], Tensor]
-) -> Work:
+def _work(model: nn.Module, mode: str, inputs: Tensor, call: Callable[[Tensor], Tensor]) -> Work:
     device = machine.device()
     model.to(device).train(mode == "training").requires_grad_(mode == "training")
     if device.type == "cuda" and mode == "inference":
@@ -167,10 +166,8 @@ def _work(
             out = forward(part)
         return {"out": out.detach()} | _input_gradient(mode, out, part)
 
-    if isinstance(model, peers.VisionTransformer | AttentionMixer):
-        checked = None  # another function: nothing to compare
-    else:
-        checked = results
+    another = isinstance(model, peers.VisionTransformer | AttentionMixer)
+    checked = None if another else results  # nothing to compare another function with
     if mode == "training":
         return Work(training, prepare=fresh, results=checked)
     return Work(inference, results=checked)

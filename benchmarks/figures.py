@@ -74,17 +74,13 @@ def _draw_curve(records: list[Record], title: str, device: str, path: Path) -> N
     figure, (left, right) = _figure(2, 10, 4)
     whose = dict.fromkeys(r["contender"] for r in records)
     for who, style in zip(whose, _cycle(), strict=False):
-        own = sorted(
-            (r for r in records if r["contender"] == who), key=lambda r: r["series"]["x"]
-        )
+        own = sorted((r for r in records if r["contender"] == who), key=lambda r: r["series"]["x"])
         x = [r["series"]["x"] for r in own]
         left.plot(x, [r["median"] for r in own], label=who, markersize=5, **style)
         left.fill_between(x, [r["q1"] for r in own], [r["q3"] for r in own], color="0.9")
         room = [(r["series"]["x"], r["memory"]["peak"]) for r in own if r.get("memory")]
         if room:
-            right.plot(
-                [x for x, _ in room], [y / MEBIBYTE for _, y in room], markersize=5, **style
-            )
+            right.plot([x for x, _ in room], [y / MEBIBYTE for _, y in room], markersize=5, **style)
     unit = records[0]["series"]["unit"]
     for axes, what in ((left, "time, seconds"), (right, "peak memory, MiB")):
         axes.set(xscale="log", yscale="log", xlabel=unit, ylabel=what)

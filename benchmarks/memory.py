@@ -1,4 +1,4 @@
-"""Peak memory of one call: the allocator's on CUDA, the resident size of a fresh process on the CPU.
+"""Peak memory of a call: the allocator's on CUDA, a fresh process's resident size on the CPU.
 
 The fresh processes are forked from one that has imported torch and computed nothing, so that each
 begins with the same pages whatever was measured before.

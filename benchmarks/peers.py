@@ -1,6 +1,7 @@
-"""What a person would use instead, each behind one calling convention, or the line that installs it.
+"""What a person would use instead, each behind one calling convention.
 
-Nothing is imported before it is asked for: a peer that is not there is a skip with its reason.
+Nothing is imported before it is asked for: a peer that is not there is a skip with its reason and
+the line that installs it.
 """
 
 from __future__ import annotations

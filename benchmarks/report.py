@@ -294,8 +294,9 @@ def runs_line(stored: Mapping[str, Any]) -> str:
 def suite_table(tables: Mapping[str, Mapping[str, Record]], stored: Mapping[str, Any]) -> str:
     """A row a contender and group: time, spread, against the fastest of ours, memory, error."""
     items = next((r["items"][1] for t in tables.values() for r in t.values() if r["items"]), None)
-    floors = stored["machine"]["kind"], any(
-        r["facts"].get("exps") for t in tables.values() for r in t.values()
+    floors = (
+        stored["machine"]["kind"],
+        any(r["facts"].get("exps") for t in tables.values() for r in t.values()),
     )
     head = ["group", "who", "median", "quartiles", "x ours"]
     head += [f"{items} a second"] if items else []
@@ -436,9 +437,7 @@ def fit_table(tables: Mapping[str, Mapping[str, Record]]) -> str:
             k = fit(points)
             if k is None:
                 continue
-            weights = [
-                (r["series"]["x"], r["memory"]["peak"]) for r in records if r.get("memory")
-            ]
+            weights = [(r["series"]["x"], r["memory"]["peak"]) for r in records if r.get("memory")]
             room = fit(weights) if len(weights) == len(points) else None
             unit = records[0]["series"]["unit"]
             rows.append(
@@ -487,7 +486,9 @@ def on_paper(devices: Sequence[Mapping[str, Any]]) -> list[str]:
                         "instructions",
                     ]
                 )
-    images = [["encoder, forward, 64 images, bf16", *(card.name for card in cards), "slowest parts"]]
+    images = [
+        ["encoder, forward, 64 images, bf16", *(card.name for card in cards), "slowest parts"]
+    ]
     for name, dim, depth in PAPER_IMAGES:
         for pixels in (224, 1280):
             parts = roofline.encoder(64, pixels, dim, depth)

@@ -168,7 +168,7 @@ def from_run(
     if config.llm_int8 and not model.config.llm_int8:
         model.llama_model.to_int8()
         model.config = dataclasses.replace(model.config, llm_int8=True)
-    if not model.llama_model.config.hybrid_layers:
+    if config.hybrid_layers is not None or not model.llama_model.config.hybrid_layers:
         add_hybrid_layers(config, model.llama_model)
     model.adapt(adapted(config, model))
     return model.to(place)

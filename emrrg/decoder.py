@@ -256,6 +256,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False  # keep only each layer's input, compute the rest again
+        self.sharded = False  # over processes, by `emrrg.distributed.shard_decoder`
         self.model = Stack(config)
         self.lm_head: nn.Linear | None = None
         if not config.tie_word_embeddings:

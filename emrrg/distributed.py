@@ -11,23 +11,25 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from emrrg.decoder import Decoder
 from emrrg.errors import InputError
 
 Value = TypeVar("Value")
 PATIENCE = timedelta(minutes=30)  # how long a process waits for the others: they may be writing
-LAST_WORDS = timedelta(seconds=10)  # how long a failing process looks for who else has spoken
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,9 @@ def said_once() -> Iterator[None]:
 def joined(device: torch.device) -> Iterator[World]:
     """Join the processes that torchrun started, for as long as the context lasts.
 
-    Whatever ends one of them ends all, with one message: the first to fail says why, and what every
-    process finds (a wrong flag) or what follows from it (a peer that is gone) is not said again.
+    Whatever ends one of them ends all, with one message on each machine: the first to fail says
+    why, and what every process finds (a wrong flag) or what follows from it (a peer that is gone)
+    is not said again.
 
     Args:
         device: this process's.
@@ -121,49 +124,49 @@ def joined(device: torch.device) -> Iterator[World]:
     if dist.is_initialized():  # by whoever calls us
         yield World(dist.get_rank(), dist.get_world_size())
         return
+    cuda = device.type == "cuda"
     try:
-        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", timeout=PATIENCE, device_id=device if cuda else None
+        )
     except ValueError as error:
         raise InputError(
             f"WORLD_SIZE says that there are several processes, but {error}; start them with "
             "torchrun, or unset WORLD_SIZE for one alone"
         ) from error
-    store.set_timeout(PATIENCE)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=rank,
-        world_size=size,
-        timeout=PATIENCE,
-        device_id=device if device.type == "cuda" else None,
-    )
+    world = World(dist.get_rank(), dist.get_world_size())
+    # There as long as no process of this machine has said why the run ends.
+    unsaid = Path(tempfile.gettempdir()) / f"emrrg-{world.once(lambda: uuid.uuid4().hex)}"
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        unsaid.touch()
+    world.wait()
     try:
-        yield World(rank, size)
+        yield world
     except BaseException as error:
-        spoken = not _speaks_first(store, rank)
+        first = _take(unsaid)
         lost = isinstance(error, RuntimeError) and _lost_a_peer(error)
-        if lost and not spoken:
+        if lost and first:
             print(
-                f"emrrg: error: another process of this run was ended, so rank {rank} of {size} "
-                "cannot go on; start all of them again with --resume",
+                f"emrrg: error: another process of this run was ended, so rank {world.rank} of "
+                f"{world.size} cannot go on; start all of them again with --resume",
                 file=sys.stderr,
             )
-        if lost or (spoken and isinstance(error, InputError)):
+        if lost or (isinstance(error, InputError) and not first):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1 if lost else 2)  # closing the group would wait for those that are gone
         raise
+    _take(unsaid)
     dist.destroy_process_group()
 
 
-def _speaks_first(store: dist.Store, rank: int) -> bool:
-    """Whether no process has said yet why the run ends."""
+def _take(path: Path) -> bool:
+    """Remove a file; whether it was this process that did."""
     try:
-        store.set_timeout(LAST_WORDS)
-        return store.add("emrrg/spoken", 1) == 1
-    except RuntimeError:
-        # The store was in the process that is gone. One process a machine speaks.
-        return rank == 1 or os.environ.get("LOCAL_RANK") == "0"
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _lost_a_peer(error: RuntimeError) -> bool:
@@ -182,7 +185,6 @@ def replicated(model: nn.Module, world: World, device: torch.device) -> nn.Modul
     return DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
 
@@ -194,15 +196,15 @@ def alone(network: nn.Module) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def shard_decoder(decoder: nn.Module, world: World, device: torch.device) -> None:
-    """Shard the frozen attention and MLP weights of a decoder over the processes (FSDP2).
+def shard_decoder(decoder: Decoder, world: World, device: torch.device) -> None:
+    """Shard the frozen weights of a decoder's layers over the processes (FSDP2).
 
     A layer's weights are gathered when it runs, forward and backward, and dropped after it. What
-    trains stays whole, and so do norms and embeddings, which are small or used outside the layers.
+    trains stays whole, and so do embedding, output projection and final norm.
 
     Args:
-        decoder: an `emrrg.decoder.Decoder`, the same in every process. It may be on the CPU: its
-            layers go to the device one by one, so that it need never fit there whole.
+        decoder: the same in every process. It may be on the CPU: its layers go to the device one by
+            one, so that it need never fit there whole.
         world: the processes.
         device: this process's.
     Raises:
@@ -213,13 +215,39 @@ def shard_decoder(decoder: nn.Module, world: World, device: torch.device) -> Non
 
     if world.size == 1:
         raise InputError("--shard-llm: there is one process; start several with torchrun")
+    if any(tensor.dtype == torch.int8 for tensor in decoder.state_dict().values()):
+        raise InputError("--shard-llm: int8 weights cannot be sharded; leave out --llm-int8")
     mesh = init_device_mesh(device.type, (world.size,))
-    for layer in decoder.model.layers:  # type: ignore[union-attr]
-        for block in (layer.self_attn, layer.mlp):  # type: ignore[union-attr]
-            if any(p.dtype == torch.int8 for p in [*block.parameters(), *block.buffers()]):
-                raise InputError(
-                    "--shard-llm: int8 weights cannot be sharded; leave out --llm-int8"
-                )
-            trained = {p for p in block.parameters() if p.requires_grad}
-            # Each block is a root of its own, and a root keeps its weights unless told otherwise.
-            fully_shard(block, mesh=mesh, ignored_params=trained, reshard_after_forward=True)
+    for layer in decoder.model.layers:
+        trained = {p for p in layer.parameters() if p.requires_grad}
+        # Each layer is a root of its own, and a root keeps its weights unless told otherwise.
+        fully_shard(layer, mesh=mesh, ignored_params=trained, reshard_after_forward=True)
+    decoder.sharded = True
+    decoder.to(device)
+    with torch.no_grad():  # what is first gathered in inference mode could never train
+        decoder.hidden_states(torch.zeros(1, 1, decoder.config.hidden_size, device=device))
+
+
+@contextmanager
+def in_step(decoder: Decoder, world: World, device: torch.device) -> Iterator[None]:
+    """Run a decoder as often as it takes, each process for itself, though it may be sharded.
+
+    Whoever runs a sharded layer waits for the others' shards. So a process that is done goes on
+    running it, without effect, until all are.
+    """
+    if not decoder.sharded:
+        yield
+        return
+
+    def working(*_: Any) -> None:
+        world.total([1.0], device)
+
+    hook = decoder.model.layers[0].register_forward_pre_hook(working, prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+    nothing = torch.zeros(1, 1, decoder.config.hidden_size, device=device)
+    with torch.inference_mode():
+        while world.total([0.0], device)[0]:
+            decoder.hidden_states(nothing)

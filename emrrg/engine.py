@@ -218,8 +218,11 @@ def training_step(
         read = [i for part, _ in told for i in part]
         failures = [line for _, lines in told for line in lines]
     tokens = sum(len(session.rows[i]) for i in read)
-    if not inputs and world.size > 1:  # the others wait for this process's gradients
-        inputs.append(([], None))
+    # The others wait for this process's gradients, and for its shards at every batch.
+    wanted = 1 if world.size > 1 else 0
+    if session.model.llama_model.sharded:
+        wanted = math.ceil(math.ceil(len(studies) / world.size) / config.batch_size)
+    inputs += [([], None)] * (wanted - len(inputs))
 
     started = time.perf_counter()
     session.model.train()

@@ -1,4 +1,7 @@
-"""Score a trained run on a split of its data: ``python -m emrrg.evaluate runs/x --split test``."""
+"""Score a trained run on a split of its data: ``python -m emrrg.evaluate runs/x --split test``.
+
+With ``--html report.html`` also as one page to look at (`emrrg.result_page`).
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,32 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from emrrg.config import TrainConfig, parse_config, run_command
+from emrrg.data.dataset import Studies
 from emrrg.data.loading import load_studies
 from emrrg.errors import InputError
-from emrrg.evaluation import evaluate_model, score_table, write_predictions, write_samples
+from emrrg.evaluation import Evaluation, evaluate_model, write_predictions, write_samples
+from emrrg.heatmap import sentence_maps
+from emrrg.metrics.table import score_table
+from emrrg.model import ReportGenerator
+from emrrg.neighbours import nearest_reports
+from emrrg.result_page import PATIENT_NOTICE, write_result_page
 from emrrg.runs import load_run, read_run_config, write_json
+from emrrg.scoring import (
+    RULES,
+    Scoring,
+    chexbert,
+    file_labels,
+    known_labels,
+    study_columns,
+    study_priors,
+)
 from emrrg.system import pick_device
 
 log = logging.getLogger("emrrg.evaluate")
@@ -50,14 +71,44 @@ class EvaluateConfig:
     """Scoring protocol [default: as in training]."""
     batch_size: int | None = None
     """Studies a generation batch [default: as in training]."""
+    tokenization: Literal["split", "ptb"] = "split"
+    """split at white space, as every peer does, or as image captions are scored (needs Java)."""
+    meteor: Literal["auto", "off"] = "auto"
+    """METEOR needs Java: where there is (auto), or not (off)."""
     bootstrap: int = 1000
     """Resamples for the intervals; 0 for none."""
+    neighbours: bool = False
+    """Also score the report of the training image nearest to each study, as a baseline."""
+    by: tuple[str, ...] = ()
+    """Break scores down by these columns of the annotation (view, sex, age, ...)."""
+    labels: str | None = None
+    """File of labels of the references, by id [default: the data set's own, else the labeler's]."""
+    chexbert: str | None = None
+    """Label reports, and references without --labels, by this CheXbert checkpoint."""
+    vocabulary: str | None = None
+    """BERT's vocab.txt, or the folder that holds it, for CheXbert."""
+    uncertain: Literal["negative", "positive", "ignore"] = "negative"
+    """What an uncertain label counts as."""
+    html: str | None = None
+    """Also write one page with scores, histograms and a browser of studies to this file."""
+    html_studies: int = 60
+    """Studies that the page holds, pictures included: the best, the worst, and some at random."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
     output: str | None = None
     """Folder for scores.json, predictions.json and samples.md [default: RUN/evaluation-SPLIT]."""
 
     def __post_init__(self) -> None:
+        for name in ("studies", "batch_size", "html_studies"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')}: {value} is below 1")
+        if self.bootstrap < 0:
+            raise InputError(f"--bootstrap: {self.bootstrap} is below 0")
+        if (self.chexbert is None) != (self.vocabulary is None):
+            raise InputError("--chexbert and --vocabulary: give both, or neither")
+        if self.html is not None and Path(self.html).suffix.lower() not in (".html", ".htm"):
+            raise InputError(f"--html: {self.html} does not end in .html")
         if (self.annotation is None) != (self.images is None):
             raise InputError("--annotation and --images: give both, or neither")
 
@@ -69,17 +120,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = Path(asked.run)
     device = pick_device(asked.device)
     model = load_run(run, device=device, which=asked.checkpoint)
-    config = settings(asked, read_run_config(run))
+    trained = read_run_config(run)
+    config = settings(asked, trained)
     studies = load_studies(config, model.config.image_size, (asked.split,))[asked.split]
-    # The baselines come from the reports that the run was trained on.
-    training = load_studies(read_run_config(run), model.config.image_size, ("train",))["train"]
+    # The baselines come from the studies that the run was trained on.
+    training = load_studies(trained, model.config.image_size, ("train",))["train"]
+    scoring = scoring_of(asked, model, studies, training, config, device)
     result = evaluate_model(
         model,
         studies,
         config,
         device,
         train_reports=training.reports(),
+        meteor=asked.meteor == "auto",
         bootstrap=asked.bootstrap,
+        scoring=scoring,
         label=asked.split,
     )
     output = Path(asked.output) if asked.output else run / f"evaluation-{asked.split}"
@@ -88,8 +143,64 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_predictions(output / "predictions.json", result)
     write_samples(output, result, studies, asked.split)
     log.info("%s", score_table(result.scores))
+    if result.scores["unreadable"]:
+        count = len(result.scores["unreadable"])
+        log.info("%d studies could not be read and were left out (see scores.json)", count)
     log.info("scores.json, predictions.json and samples.md are in %s", output)
+    if asked.html is not None:
+        page(asked, model, result, studies)
     return 0
+
+
+def scoring_of(
+    asked: EvaluateConfig,
+    model: ReportGenerator,
+    studies: Studies,
+    training: Studies,
+    config: TrainConfig,
+    device: torch.device,
+) -> Scoring:
+    """What the flags say of labels, columns and baselines."""
+    labeler = RULES
+    if asked.chexbert is not None and asked.vocabulary is not None:
+        labeler = chexbert(Path(asked.chexbert), Path(asked.vocabulary), device)
+    known = None if asked.chexbert is not None else known_labels(studies)
+    if asked.labels is not None:
+        known = file_labels(Path(asked.labels), studies), f"file {asked.labels}"
+    neighbours = None
+    if asked.neighbours:
+        neighbours = nearest_reports(model, studies, training, config, device)
+    return Scoring(
+        tokenization=asked.tokenization,
+        uncertain=asked.uncertain,
+        labeler=labeler,
+        reference_labels=known and known[0],
+        reference_source=known[1] if known else "",
+        columns=study_columns(studies, asked.by),
+        priors=study_priors(studies),
+        neighbours=neighbours,
+        per_report=asked.html is not None,
+    )
+
+
+def page(
+    asked: EvaluateConfig, model: ReportGenerator, result: Evaluation, studies: Studies
+) -> None:
+    """Write the result page, and say whether it may be passed on."""
+    assert asked.html is not None
+    maps = partial(sentence_maps, model) if model.llama_model.config.hybrid_layers else None
+    synthetic = write_result_page(
+        Path(asked.html),
+        result,
+        studies,
+        title=f"{Path(asked.run).resolve().name}, {asked.split}",
+        columns=asked.by,
+        count=asked.html_studies,
+        maps=maps,
+    )
+    log.info("the result page is %s", asked.html)
+    if not synthetic:
+        log.warning("%s", PATIENT_NOTICE)
 
 
 def settings(asked: EvaluateConfig, trained: TrainConfig) -> TrainConfig:

@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,20 @@ from PIL import Image
 from tqdm import tqdm
 
 from emrrg.config import TrainConfig
-from emrrg.data.dataset import Labels, Studies, batches, even_batches
+from emrrg.data.dataset import Studies, batches, even_batches
 from emrrg.data.images import normalize
 from emrrg.data.loading import data_workers
-from emrrg.distributed import World
+from emrrg.distributed import World, in_step
 from emrrg.errors import InputError
 from emrrg.metrics import score_reports
-from emrrg.metrics.clinical import LABELER, label_report, score_labels
+from emrrg.metrics.clinical import Labels, score_comparisons, score_policies, score_sides
 from emrrg.model import ReportGenerator
 from emrrg.runs import generation_of, write_json
+from emrrg.scoring import Scoring, known_labels
 
 SAMPLES = 8  # studies shown in samples.md
+MIN_COUNTS = {"mimic_cxr": 10}
+"""R2Gen's protocol: words rarer than this are unknown; 3 elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,14 @@ class Evaluation:
     references: list[str]
     seconds: float = 0.0
     """That the network took to write them, in this process."""
+    indices: list[int] = field(default_factory=list)
+    """Where the studies stand in the data set."""
+    predicted: list[Labels] = field(default_factory=list)
+    """The labels of the hypotheses."""
+    truth: list[Labels] = field(default_factory=list)
+    """The labels of the references."""
+    per_report: dict[str, list[float]] = field(default_factory=dict)
+    """Score to its value for every study, where that was asked for."""
 
     def brief(self) -> dict[str, float | None]:
         """The scores that curves are drawn of."""
@@ -97,7 +108,8 @@ def write_reports(
     busy = 0.0
     workers, skip = data_workers(config, device), config.bad_images == "skip"
     hidden = not sys.stderr.isatty() or not world.is_main
-    with tqdm(total=len(mine), desc=label, leave=False, disable=hidden) as bar:
+    bar = tqdm(total=len(mine), desc=label, leave=False, disable=hidden)
+    with bar, in_step(model.llama_model, world, device):
         for batch in batches(studies, plan, workers=workers, skip_bad=skip):
             if stopped():
                 break
@@ -136,6 +148,7 @@ def evaluate_model(
     train_reports: Sequence[str] | None = None,
     meteor: bool = True,
     bootstrap: int = 0,
+    scoring: Scoring | None = None,
     label: str = "generating",
     world: World | None = None,
     stopped: Callable[[], bool] = lambda: False,
@@ -150,13 +163,15 @@ def evaluate_model(
         train_reports: for the baselines that a score must be read against.
         meteor: whether METEOR (a Java process of some seconds) is wanted.
         bootstrap: resamples for the intervals; 0 for none.
+        scoring: what else is scored, and how; None: labels by this project's rules, or the data
+            set's own where it knows those of every study.
         label: what the progress bar says.
         world: the processes that share the work; None: this one alone.
         stopped: whether a signal came; asked after every batch.
     Returns:
-        The same in every process. The scores of `emrrg.metrics.score_reports`, and "clinical" of
-        `emrrg.metrics.clinical.score_labels`: the project's labeler on the reports, against the
-        labels that the data set knows, or else against the labeler's on the references.
+        The same in every process. The scores of `emrrg.metrics.score_reports`, and those of
+        `emrrg.metrics.clinical`: "clinical" (of `score_policies`; the baselines have it too),
+        "sides" and "comparisons".
     Raises:
         InputError: no study could be read.
         StoppedError: as `write_reports`.
@@ -169,49 +184,67 @@ def evaluate_model(
     seconds = time.perf_counter() - started
     if not written.ids:
         raise InputError(f"no study of this split could be read; the first: {written.failures[0]}")
-    reports, labels = studies.reports(), studies.labels()
-    references = [reports[i] for i in written.indices]
+    known = studies.reports()
+    references = [known[i] for i in written.indices]
+    options = (scoring or default_scoring(studies)).of(written.indices)
+    groups = options.groups()
 
-    def score() -> dict[str, Any]:
-        truth, source = true_labels(references, [labels[i] for i in written.indices])
+    def score() -> tuple[dict[str, Any], dict[str, Any]]:
+        truth, source = options.truth(references)
+        predicted = options.labeler(written.reports)
+        drawn: dict[str, Any] = {"bootstrap": bootstrap, "seed": config.seed}
         scores = score_reports(
             written.reports,
             references,
             protocol=config.protocol,
+            tokenization=options.tokenization,
             max_tokens=config.max_report_tokens,
-            bootstrap=bootstrap,
-            seed=config.seed,
+            min_count=MIN_COUNTS.get(config.dataset or "", 3),
+            tokenizer=model.tokenizer,
             meteor="auto" if meteor else "off",
             train_reports=train_reports,
+            neighbour_reports=options.neighbours,
+            groups=groups,
+            per_report=options.per_report,
+            **drawn,
         )
-        settings = (truth, source, bootstrap, config.seed)
-        scores["clinical"] = clinical_scores(written.reports, *settings)
+
+        def clinical(labels: Sequence[Labels], **others: Any) -> dict[str, Any]:
+            settings = {"uncertain": options.uncertain, "source": source, **drawn, **others}
+            return score_policies(labels, truth, **settings)
+
+        scores["clinical"] = clinical(predicted, groups=groups)
+        for name, baseline in scores["baselines"].items():
+            same = [baseline.get("report", "")] * len(references)
+            texts = options.neighbours if name == "nearest_neighbour" else same
+            baseline["clinical"] = clinical(options.labeler(texts or []))
+        scores["sides"] = score_sides(written.reports, references, **drawn)
+        scores["comparisons"] = score_comparisons(
+            written.reports, references, has_prior=options.priors, **drawn
+        )
+        scores["extra"] = {}
         scores["reports_per_second"] = len(written.reports) / max(seconds, 1e-9)
         scores["unreadable"] = written.failures
-        if train_reports is not None:
-            constant = scores["baselines"]["constant"]
-            same = [constant["report"]] * len(references)
-            constant["clinical"] = clinical_scores(same, *settings)
-        return scores
+        per_report = scores.pop("per_report", {})
+        return scores, {"predicted": predicted, "truth": truth, "per_report": per_report}
 
-    return Evaluation(world.once(score), written.ids, written.reports, references, written.seconds)
-
-
-def true_labels(
-    references: Sequence[str], known: Sequence[Labels | None]
-) -> tuple[list[Labels], str]:
-    """The labels to score against, and where they come from."""
-    if all(labels is not None for labels in known):
-        return [labels or {} for labels in known], f"{LABELER}; references: the data set's labels"
-    return [label_report(report) for report in references], f"{LABELER}; references: the same"
+    scores, details = world.once(score)
+    return Evaluation(
+        scores,
+        written.ids,
+        written.reports,
+        references,
+        written.seconds,
+        indices=written.indices,
+        **details,
+    )
 
 
-def clinical_scores(
-    hypotheses: Sequence[str], truth: Sequence[Labels], source: str, bootstrap: int, seed: int
-) -> dict[str, Any]:
-    """Findings of generated reports against the true ones."""
-    labels = [label_report(report) for report in hypotheses]
-    return score_labels(labels, truth, bootstrap=bootstrap, seed=seed, source=source)
+def default_scoring(studies: Studies) -> Scoring:
+    """Labels by this project's rules, but a data set's own where it knows those of every study."""
+    if (labels := known_labels(studies)) is None:
+        return Scoring()
+    return Scoring(reference_labels=labels[0], reference_source=labels[1])
 
 
 def headline(scores: Mapping[str, Any]) -> dict[str, float | None]:
@@ -224,38 +257,6 @@ def headline(scores: Mapping[str, Any]) -> dict[str, float | None]:
 def format_scores(scores: Mapping[str, Any]) -> str:
     """Scores on one line."""
     return "  ".join(f"{n} {v:.3f}" for n, v in headline(scores).items() if v is not None)
-
-
-def score_table(scores: Mapping[str, Any]) -> str:
-    """All scores as a table: value, 95 % interval, and the constant report's beside it."""
-    rows: list[tuple[str, float | None, Sequence[float] | None, float | None]] = []
-    constant = scores["baselines"].get("constant", {})
-    for name in ("BLEU_1", "BLEU_2", "BLEU_3", "BLEU_4", "METEOR", "ROUGE_L", "CIDEr"):
-        interval = scores["intervals"].get(name)
-        rows.append((name.replace("_", "-"), scores[name], interval, constant.get(name)))
-    for title, kind in (("finding", "findings"), ("14 observations", "all"), ("5", "five")):
-        for average in ("micro", "macro", "example"):
-            interval = scores["clinical"]["intervals"].get(kind, {}).get(average, {}).get("f1")
-            value = scores["clinical"][kind][average]["f1"]
-            base = constant.get("clinical")
-            rows.append(
-                (f"{title} F1, {average}", value, interval, base and base[kind][average]["f1"])
-            )
-    lines = [f"{'':<26}{'score':>8}   {'95 % interval':<18}{'constant report':>16}"]
-    for name, value, interval, base in rows:
-        score = f"{value:8.3f}" if value is not None else f"{'-':>8}"
-        span = f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
-        other = f"{base:16.3f}" if base is not None else ""
-        lines.append(f"{name:<26}{score}   {span:<18}{other}".rstrip())
-    lines.append(
-        f"{scores['pairs']} studies, protocol {scores['protocol']}, tokenization "
-        f"{scores['tokenization']}; uncertain counts as {scores['clinical']['uncertain']}; "
-        f"labels: {scores['clinical']['labeler']}"
-    )
-    lines += [f"{name}: not computed ({why})" for name, why in scores["missing"].items()]
-    if scores["unreadable"]:
-        lines.append(f"{len(scores['unreadable'])} studies could not be read and were left out")
-    return "\n".join(lines)
 
 
 def selection_score(scores: Mapping[str, Any], config: TrainConfig) -> float:

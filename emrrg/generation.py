@@ -204,7 +204,7 @@ def generate_sequences(
         return []
     width = config.num_beams if config.num_beams > 1 else config.num_return_sequences
     if static is None:
-        static = inputs_embeds.device.type == "cuda"
+        static = inputs_embeds.device.type == "cuda" and not decoder.sharded
     cache = decoder.new_cache(batch, length, config.max_new_tokens, width, static=static)
     hidden = decoder.hidden_states(
         inputs_embeds, attention_mask, vis=vis, vis_mask=vis_mask, text_mask=text_mask, cache=cache

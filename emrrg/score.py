@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,21 +22,19 @@ from emrrg.errors import InputError
 from emrrg.metrics.chexbert import NAME as CHEXBERT
 from emrrg.metrics.chexbert import label_reports
 from emrrg.metrics.clinical import (
-    FINDINGS,
     LABELER,
-    OBSERVATION_SETS,
-    POLICIES,
     Labels,
     compare_labels,
     label_report,
     score_comparisons,
-    score_labels,
+    score_policies,
     score_sides,
 )
 from emrrg.metrics.external import EXTERNAL, external_score
 from emrrg.metrics.files import HYPOTHESES, REFERENCES, Table, match, read_table
-from emrrg.metrics.groups import Groups, group_studies
-from emrrg.metrics.nlg import SCORES, compare_reports, score_reports
+from emrrg.metrics.groups import Groups, group_studies, known_priors
+from emrrg.metrics.nlg import compare_reports, score_reports
+from emrrg.metrics.table import score_table
 from emrrg.tokenizer import load_tokenizer
 
 log = logging.getLogger("emrrg.score")
@@ -176,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         second = _read_system(config, config.compare, truth, config.compare_labels)
         result["comparison"] = compare(config, first, second, reference)
     studies = _per_report(result, truth, first, reference)
-    log.info("%s", table(result))
+    log.info("%s", score_table(result))
     if config.output:
         _write(Path(config.output), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
         log.info("everything is in %s", config.output)
@@ -209,12 +207,15 @@ def score(config: ScoreConfig, system: _System, reference: _System, truth: Table
         source = str(system.labeler)
         if system.labeler != reference.labeler:
             source = f"hypotheses: {system.labeler}; references: {reference.labeler}"
-        result["clinical"] = clinical(config, system.labels, reference.labels, source, groups)
+        settings = _clinical_options(config) | {"source": source}
+        result["clinical"] = score_policies(
+            system.labels, reference.labels, groups=groups, **settings
+        )
         constant = result["baselines"].get("constant")
         if constant and system.labeler == LABELER:
             labels = [label_report(constant["report"])] * len(reference.labels)
-            constant["clinical"] = clinical(config, labels, reference.labels, source, {})
-    settings: dict[str, Any] = {"bootstrap": config.bootstrap, "seed": config.seed}
+            constant["clinical"] = score_policies(labels, reference.labels, **settings)
+    settings = {"bootstrap": config.bootstrap, "seed": config.seed}
     result["sides"] = score_sides(system.texts, reference.texts, **settings)
     result["comparisons"] = score_comparisons(
         system.texts, reference.texts, has_prior=_priors(config, truth), **settings
@@ -225,33 +226,6 @@ def score(config: ScoreConfig, system: _System, reference: _System, truth: Table
         )
         for name in config.extra
     }
-    return result
-
-
-def clinical(
-    config: ScoreConfig,
-    predicted: Sequence[Labels],
-    reference: Sequence[Labels],
-    source: str,
-    groups: Groups,
-) -> dict[str, Any]:
-    """Clinical scores under the policy asked for, and the F1 of the others beside it."""
-    result = score_labels(
-        predicted,
-        reference,
-        uncertain=config.uncertain,
-        bootstrap=config.bootstrap,
-        seed=config.seed,
-        source=source,
-        groups=groups,
-    )
-    result["policies"] = {}
-    for policy in POLICIES:
-        other = score_labels(predicted, reference, uncertain=policy)  # type: ignore[arg-type]
-        result["policies"][policy] = {
-            name: {average: rates["f1"] for average, rates in other[name].items()}
-            for name in OBSERVATION_SETS
-        }
     return result
 
 
@@ -276,70 +250,9 @@ def compare(
             first.labels or [],
             second.labels or [],
             reference.labels or [],
-            uncertain=config.uncertain,
-            bootstrap=config.bootstrap,
-            seed=config.seed,
+            **_clinical_options(config),
         )
     return result
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """The scores as text."""
-    columns = ["", "score", "95 % interval", *result["baselines"]]
-    rows = [
-        [
-            name,
-            _number(result[name]),
-            _range(result["intervals"].get(name)),
-            *(_number(other[name]) for other in result["baselines"].values()),
-        ]
-        for name in SCORES
-    ]
-    found = result.get("clinical")
-    titles = {"all": "14 observations", "five": "the usual 5", "findings": "13 findings"}
-    for chosen, title in titles.items():
-        for average in ("micro", "macro", "example") if found else ():
-            others = [
-                _number(o["clinical"][chosen][average]["f1"]) if "clinical" in o else ""
-                for o in result["baselines"].values()
-            ]
-            limits = found["intervals"].get(chosen, {}).get(average, {}) if found else {}
-            value = found[chosen][average]["f1"] if found else None
-            rows.append(
-                [f"F1 {average}, {title}", _number(value), _range(limits.get("f1")), *others]
-            )
-    sides, prior = result["sides"], result["comparisons"]
-    rows.append(["wrong side", _number(sides["rate"]), _range(sides["interval"])])
-    rows.append(["invented comparisons", _number(prior["rate"]), _range(prior["interval"])])
-    for name, one in result["extra"].items():
-        rows.append([name, _number(one["value"]), _range(one["interval"])])
-    parts = [
-        f"{result['pairs']} pairs; protocol {result['protocol']}, tokenization "
-        f"{result['tokenization']}, {result['truncated_references']:.1%} of references cut"
-        + (
-            f" at {result['max_tokens']} {result['truncation_unit']}"
-            if result["max_tokens"]
-            else ""
-        ),
-        _aligned_rows([columns, *rows]),
-    ]
-    if found:
-        parts += [
-            f"labels: {found['labeler']}; uncertain as {found['uncertain']}",
-            _per_finding(found),
-        ]
-    parts += [
-        f"wrong side: {sides['wrong']} of {sides['compared']} findings whose side both texts say "
-        f"({sides['partial']} more are partly right); invented comparisons: {prior['invented']} of "
-        f"{prior['without_prior']} studies without an earlier one",
-        *(f"{name}: not computed: {why}" for name, why in result["missing"].items()),
-        *result["notes"],
-    ]
-    for column, groups in result["groups"].items():
-        parts.append(_group_rows(column, groups, (found or {}).get("groups", {}).get(column)))
-    if "comparison" in result:
-        parts.append(_comparison_rows(result["comparison"]))
-    return "\n\n".join(parts)
 
 
 def _read_system(config: ScoreConfig, path: str, truth: Table, labels_file: str | None) -> _System:
@@ -413,6 +326,10 @@ def _language_options(config: ScoreConfig) -> dict[str, Any]:
     }
 
 
+def _clinical_options(config: ScoreConfig) -> dict[str, Any]:
+    return {"uncertain": config.uncertain, "bootstrap": config.bootstrap, "seed": config.seed}
+
+
 def _groups(config: ScoreConfig, truth: Table) -> Groups:
     for name in config.by:
         truth.column((), name)
@@ -420,30 +337,11 @@ def _groups(config: ScoreConfig, truth: Table) -> Groups:
 
 
 def _priors(config: ScoreConfig, truth: Table) -> list[bool | None] | None:
-    """Whether each study has an earlier one: a number above 0, yes or no, a list of studies."""
     if config.prior_column is None:
         return None
     name = truth.column((), config.prior_column)
-    words = {"yes": True, "true": True, "y": True, "no": False, "false": False, "n": False}
-    priors: list[bool | None] = []
-    for i, row in enumerate(truth.rows):
-        value = row.get(name)
-        text = str(value).strip().lower()
-        if value is None or text == "":
-            priors.append(None)
-        elif isinstance(value, bool | int | float | list):
-            priors.append(bool(value))
-        elif text in words:
-            priors.append(words[text])
-        else:
-            try:
-                priors.append(float(text) > 0)
-            except ValueError:
-                raise InputError(
-                    f"--prior-column: {truth.path}: record {truth.name(i)}: {value!r} is neither "
-                    "yes, no nor a number"
-                ) from None
-    return priors
+    names = [truth.name(i) for i in range(len(truth.rows))]
+    return known_priors([row.get(name) for row in truth.rows], names, f"{truth.path}: {name}")
 
 
 def _per_report(
@@ -464,72 +362,6 @@ def _per_report(
             row["reference_labels"] = reference.labels[i]
         rows.append(row)
     return rows
-
-
-def _per_finding(found: Mapping[str, Any]) -> str:
-    rows = [["observation", "precision", "recall", "F1", "95 % interval", "tp", "fp", "fn"]]
-    limits = found["intervals"].get("observations", {})
-    for name, one in found["observations"].items():
-        rates = [_number(one[measure]) for measure in ("precision", "recall", "f1")]
-        counts = [str(one[kind]) for kind in ("tp", "fp", "fn")]
-        rows.append([name, *rates, _range(limits.get(name, {}).get("f1")), *counts])
-    return _aligned_rows(rows)
-
-
-def _group_rows(column: str, groups: Mapping[str, Any], found: Mapping[str, Any] | None) -> str:
-    rows = [[column, "studies", "BLEU_4", "CIDEr", f"F1 micro, {len(FINDINGS)} findings", ""]]
-    for value, one in groups.items():
-        own = (found or {}).get(value)
-        f1 = own["findings"]["micro"]["f1"] if own else None
-        limits = own["intervals"].get("findings", {}).get("micro", {}) if own else {}
-        rows.append(
-            [
-                value,
-                str(one["pairs"]),
-                _number(one["BLEU_4"]),
-                _number(one["CIDEr"]),
-                _number(f1),
-                _range(limits.get("f1")),
-            ]
-        )
-    return _aligned_rows(rows)
-
-
-def _comparison_rows(comparison: Mapping[str, Any]) -> str:
-    files = comparison["files"]
-    tests = dict(comparison["language"])
-    for name, averages in comparison.get("clinical", {}).items():
-        for average, measures in averages.items():
-            tests[f"F1 {average}, {name}"] = measures["f1"]
-    rows = [["", "first", "second", "difference", "95 % interval", "p"]]
-    for name, test in tests.items():
-        numbers = [_number(test["first"]), _number(test["second"]), f"{test['difference']:+.4f}"]
-        rows.append([name, *numbers, _range(test["interval"]), f"{test['p_value']:.4f}"])
-    title = f"first: {files['first']}; second: {files['second']}; paired bootstrap"
-    return f"{title}\n{_aligned_rows(rows)}"
-
-
-def _aligned_rows(rows: Sequence[Sequence[str]]) -> str:
-    width = max(map(len, rows))
-    full = [[*row, *[""] * (width - len(row))] for row in rows]
-    widths = [max(len(row[i]) for row in full) for i in range(width)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(size) if i == 0 else cell.rjust(size)
-            for i, (cell, size) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in full
-    )
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _range(limits: Sequence[float | None] | None) -> str:
-    if not limits or limits[0] is None:
-        return ""
-    return f"{limits[0]:.4f} to {limits[1]:.4f}"
 
 
 def _write(path: Path, text: str) -> None:

@@ -27,7 +27,7 @@ import torch
 from emrrg.config import TrainConfig, flag, parse_config, run_command, to_dict
 from emrrg.data.dataset import batches, epoch_steps
 from emrrg.data.images import normalize
-from emrrg.distributed import World, joined, local_device, said_once
+from emrrg.distributed import World, in_step, joined, local_device, said_once
 from emrrg.engine import (
     Session,
     load_best,
@@ -422,7 +422,7 @@ def dry_run(config: TrainConfig, device: torch.device, world: World) -> None:
         test, started = session.studies["test"], time.perf_counter()
         session.model.eval()
         part = next(batches(test, [list(range(min(len(test), config.eval_batch_size)))]))
-        with autocast(device, config.precision):
+        with autocast(device, config.precision), in_step(session.model.llama_model, world, device):
             written = session.model.generate_batch(
                 normalize(part.images.to(device)), part.view_mask.to(device), generation_of(config)
             )

@@ -479,7 +479,7 @@ def _lora_backward(dtype: torch.dtype) -> None:
     lora_linear._backward(t["dy"], t["x"], t["weight"], *rest, needs, "triton", False)
 
 
-def _cross_tensors() -> tuple[torch.Tensor, ...]:
+def _cross_tensors() -> tuple[Any, ...]:
     u = _activation(ORDERS, BATCH, LENGTH, DIM)
     b = _empty(ORDERS, BATCH, LENGTH, STATE)
     skip = _empty(ORDERS, DIM)
@@ -497,8 +497,9 @@ def _cross_backward(needs: str) -> None:
     from kernels import cross_scan
 
     names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
-    dout = _activation(BATCH, LENGTH, DIM)
-    cross_scan._launch_bwd(dout, *_cross_tensors(), [n in needs.split() for n in names])
+    needed = [n in needs.split() for n in names]
+    tensors: tuple[Any, ...] = (_activation(BATCH, LENGTH, DIM), *_cross_tensors(), needed)
+    cross_scan._launch_bwd(*tensors)
 
 
 EVERY = "u delta A B C D z delta_bias"
@@ -537,12 +538,12 @@ def row(case: Case, target: str) -> dict[str, Any]:
     f = launch.figures()
     hot = sorted(f.loops, key=_exponentials, reverse=True)[: len(case.exponentials)]
     hot = [loop for loop in f.loops if loop in hot]
-    per_element: Counter[str] = Counter()
+    per_element: dict[str, float] = {}
     for loop, each in zip(hot, case.exponentials, strict=True):
         for opcode, count in loop.own.items():
             share = count * each / _exponentials(loop)
-            per_element["all"] += share
-            per_element[opcode.split(".")[0]] += share
+            for name in ("all", opcode.split(".")[0]):
+                per_element[name] = per_element.get(name, 0.0) + share
     return {
         "kernel": f"{launch.kernel.__module__.removeprefix('kernels.')}.{case.kernel}",
         "what": case.what,
@@ -551,7 +552,7 @@ def row(case: Case, target: str) -> dict[str, Any]:
         "spills": f.spills,
         "shared": f.shared,
         "instructions": f.instructions,
-        "per_element": dict(per_element),
+        "per_element": per_element,
     }
 
 

@@ -178,16 +178,15 @@ def _cross_scan_fwd_kernel(
     Four steps are unrolled and store at their end, so that all their loads are under way at once.
     """
     WHOLE_N: tl.constexpr = N == BLOCK_N
-    pid = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1).to(tl.int64)
+    blocks = tl.num_programs(1)
     first = 0
     last = K
     if PARALLEL:
-        first = pid % K
+        first = tl.program_id(0) % K
         last = first + 1
-        pid = pid // K
-    blocks = tl.cdiv(D, BLOCK_D)
-    b = pid // blocks
-    block = pid % blocks
+        b = b // K
     offs_d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     offs_n = tl.arange(0, BLOCK_N)
     in_tile = _in_tile(BLOCK_N, BLOCK_D, CHANNELS)
@@ -347,16 +346,15 @@ def _cross_scan_bwd_kernel(
     NEED_P: tl.constexpr = NEED_DELTA or NEED_BIAS
     FORWARD: tl.constexpr = NEED_P or NEED_A or NEED_C or NEED_D or NEED_Z
     BACKWARD: tl.constexpr = NEED_P or NEED_B or NEED_U
-    pid = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1).to(tl.int64)
+    blocks = tl.num_programs(1)
     first = 0
     last = K
     if PARALLEL:
-        first = pid % K
+        first = tl.program_id(0) % K
         last = first + 1
-        pid = pid // K
-    blocks = tl.cdiv(D, BLOCK_D)
-    b = pid // blocks
-    block = pid % blocks
+        b = b // K
     offs_d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     offs_n = tl.arange(0, BLOCK_N)
     mask = offs_d < D
@@ -554,13 +552,13 @@ def _launch_fwd(
     # One channel a thread makes the most programs there can be; the exponentials (16 a clock on a
     # multiprocessor) bound the loop before its instructions do.
     sizes = _blocks(state, dim, 16 if state <= 16 else 32)
-    programs = batch * triton.cdiv(dim, sizes["BLOCK_D"])
-    parallel = _parallel(count, programs)
+    blocks = triton.cdiv(dim, sizes["BLOCK_D"])
+    parallel = _parallel(count, batch * blocks)
     total = out
     if parallel or out.dtype != torch.float32:
         total = _workspace(u, *((count,) if parallel else ()), *z.shape)
     B, C = _rows(B), _rows(C)
-    _cross_scan_fwd_kernel[(programs * (count if parallel else 1),)](
+    _cross_scan_fwd_kernel[(batch * count if parallel else batch, blocks)](
         u, delta, _tiles(A, sizes["BLOCK_N"], sizes["BLOCK_D"]), B, C, D.contiguous(), z, delta_bias.contiguous(),
         orders.contiguous(), total, out, batch, length, dim,
         *u.stride(), *delta.stride(), *B.stride()[:3], *C.stride()[:3], *z.stride(),
@@ -604,7 +602,7 @@ def _launch_bwd(
     state = A.shape[2]
     # Two channels a thread halve the shuffles of dB and dC for each number, and leave registers
     # for four programs on a scheduler.
-    sizes = _blocks(state, dim, 16 if needs[2] and state <= 16 else 32)
+    sizes = _blocks(state, dim, 32)
     blocks = triton.cdiv(dim, sizes["BLOCK_D"])
     parallel = _parallel(count, batch * blocks)
     parts = (count,) if parallel else ()
@@ -627,7 +625,7 @@ def _launch_bwd(
         _workspace(u, *shape) if need else None for need, shape in shapes
     )
     B, C = _rows(B), _rows(C)
-    _cross_scan_bwd_kernel[(batch * blocks * (count if parallel else 1),)](
+    _cross_scan_bwd_kernel[(batch * count if parallel else batch, blocks)](
         dout, u, delta, _tiles(A, sizes["BLOCK_N"], sizes["BLOCK_D"]), B, C, D.contiguous(), z, delta_bias.contiguous(),
         orders.contiguous(), du, ddelta, dA, dB, dC, dD, dz, dbias, p, y, kept,
         batch, length, dim, *dout.stride(),

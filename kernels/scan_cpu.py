@@ -23,6 +23,7 @@ import array
 import ctypes
 import hashlib
 import logging
+import math
 import os
 import platform
 import shlex
@@ -34,7 +35,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from math import prod
 from pathlib import Path
 
 import torch
@@ -45,8 +45,9 @@ from kernels.reference import RESET, SKIP
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 1 << 20  # elements of a chunk of states: they stay in the caches
-MIN_STEPS = 16  # of a chunk, however large a step is: the loop's overhead, and kept states
+CHUNK = 1 << 17  # elements of a chunk of states for each thread: they stay in its cache
+BLOCK = 1 << 18  # elements without states that are computed at once
+MIN_STEPS = 4  # of a chunk, however large a step is: the loop's overhead, and kept states
 
 
 def scan_forward(
@@ -91,15 +92,20 @@ def scan_forward(
     out_steps, z_steps = _steps(out, groups), None if z is None else _steps(z, groups)
     last, memory = torch.empty(u.shape[0], *A.shape, dtype=scan.A.dtype), _Memory()
     for part in scan.parts():
-        block = part.of_scan(scan)
-        state = block.start()
-        for steps in block.chunks():
-            chunk = _Chunk(block, steps, memory)
-            state.copy_(chunk.scan_from(state))
-            y = chunk.output("y")
+        ours = part.of_scan(scan)
+        state = ours.start()
+        for steps, size in ours.ranges():
+            block = _Block(ours, steps, size, memory)
+            y = block.room("y")
+            for i in range(block.count):
+                states, _ = block.states(i, state)
+                block.output(i, states, y[i])
+                state.copy_(states[:, :, -1])
+            if D is not None:
+                y.addcmul_(block.u, ours.D)
             if z_steps is not None:
-                y *= F.silu(chunk.room("gate").copy_(part.of(z_steps)[:, :, steps]), inplace=True)
-            part.of(out_steps)[:, :, steps] = chunk.blank(y)
+                y *= F.silu(block.cut(part.of(z_steps)))
+            block.join(block.mask(y), part.of(out_steps))
         part.of(_state(last, groups)).copy_(state)
     return out, last
 
@@ -174,18 +180,26 @@ def scan_backward(
         end_gradient = _state(dlast.to(scan.A.dtype), groups)
     memory = _Memory()
     for part in scan.parts():
-        block = part.of_scan(scan)
+        ours = part.of_scan(scan)
         end = None if end_gradient is None else part.of(end_gradient)
-        backward = _Backward(block, part.of_grads(grads), end, dz is not None, memory)
-        for chunk in backward.chunks():
-            dy = chunk.room("dy").copy_(part.of(dout_steps)[:, :, chunk.steps])
-            if z_steps is not None:
-                gate = chunk.room("gate").copy_(part.of(z_steps)[:, :, chunk.steps])
-                if dz_steps is not None:
-                    y = chunk.output("y").mul_(_dsilu(gate)).mul_(dy)
-                    part.of(dz_steps)[:, :, chunk.steps] = chunk.blank(y)
-                dy *= F.silu(gate, inplace=True)
-            backward.step(chunk, chunk.blank(dy))
+        backward = _Backward(ours, part.of_grads(grads), end, dz is not None, memory)
+        for block in backward.blocks():
+            given, dy, y = block.cut(part.of(dout_steps)), block.room("dy"), block.room("y")
+            if z_steps is None:
+                dy.copy_(given)
+            else:
+                gate = block.cut(part.of(z_steps))
+                torch.mul(given, F.silu(gate), out=dy)
+            block.mask(dy)
+            for i in backward.chunks(block):
+                if dz is not None:
+                    block.output(i, backward.states, y[i])
+                backward.step(block, i, dy[i])
+            if dz_steps is not None:
+                if ours.D is not None:
+                    y.addcmul_(block.u, ours.D)
+                block.join(block.mask(_silu_backward(y.mul_(given), gate)), part.of(dz_steps))
+            backward.finish(block, dy)
     dB, dC = (
         _of_matrix(g, x)
         if g is None or x.ndim == 2
@@ -238,13 +252,16 @@ def cross_forward(
     total = torch.zeros(z.shape, dtype=scan.A.dtype)
     memory = _Memory()
     for part in scan.parts():
-        block = part.of_scan(scan)
-        state, tokens = block.start(), part.of_tokens(total)
-        for steps in block.chunks():
-            chunk = _Chunk(block, steps, memory)
-            state.copy_(chunk.scan_from(state))
-            for order, y in zip(orders[:, steps], chunk.output("y"), strict=True):
-                tokens.index_add_(1, order, y)
+        ours, tokens = part.of_scan(scan), part.of_tokens(total)
+        state = ours.start()
+        for steps, size in ours.ranges():
+            block = _Block(ours, steps, size, memory)
+            y = block.room("y")
+            for i in range(block.count):
+                states, _ = block.states(i, state)
+                block.output(i, states, y[i])
+                state.copy_(states[:, :, -1])
+            block.add_tokens(tokens, orders, y.addcmul_(block.u, ours.D))
     total *= F.silu(z.to(total.dtype))
     return total.div_(len(orders)).to(z.dtype)
 
@@ -291,20 +308,22 @@ def cross_backward(
     total = torch.zeros(z.shape, dtype=dtype) if needs[6] else None
     memory = _Memory()
     for part in scan.parts():
-        block = part.of_scan(scan)
-        backward = _Backward(block, part.of_grads(grads), None, total is not None, memory)
-        for chunk in backward.chunks():
-            dy = chunk.room("dy")
-            for order, rows in zip(orders[:, chunk.steps], dy, strict=True):
-                torch.index_select(part.of_tokens(dy_tokens), 1, order, out=rows)
+        ours = part.of_scan(scan)
+        backward = _Backward(ours, part.of_grads(grads), None, total is not None, memory)
+        for block in backward.blocks():
+            dy, y = block.room("dy"), block.room("y")
+            block.take_tokens(part.of_tokens(dy_tokens), orders, dy)
+            for i in backward.chunks(block):
+                if total is not None:
+                    block.output(i, backward.states, y[i])
+                backward.step(block, i, dy[i])
             if total is not None:
-                for order, y in zip(orders[:, chunk.steps], chunk.output("y"), strict=True):
-                    part.of_tokens(total).index_add_(1, order, y)
-            backward.step(chunk, dy)
+                y.addcmul_(block.u, ours.D)
+                block.add_tokens(part.of_tokens(total), orders, y)
+            backward.finish(block, dy)
     dz = None
     if total is not None:
-        total *= dout.to(dtype) * _dsilu(gate) / len(orders)
-        dz = total.to(z.dtype)
+        dz = _silu_backward(total.mul_(dout).div_(len(orders)), gate).to(z.dtype)
     return (
         du,
         ddelta,
@@ -379,7 +398,7 @@ def conv_backward(
     for k, begin, end, mixed, rows in _conv_chunks(x, weight, bias, orders):
         dmixed = dout[k, :, begin:end].to(dtype)
         if silu:
-            dmixed = dmixed * _dsilu(mixed)
+            dmixed = _silu_backward(dmixed, mixed)
         if dbias is not None:
             dbias[k] += dmixed.sum((0, 1))
         if dweight is not None:
@@ -430,31 +449,40 @@ class _Scan:
     softplus: bool
     reverse: bool
 
+    def chunk(self) -> int:
+        """Elements of a chunk of states."""
+        return CHUNK * torch.get_num_threads()
+
     def parts(self) -> Iterator[_Part]:
         """Ranges of samples and channels of which a few steps' states fit a chunk."""
         groups, batch, _, dim = self.u.shape
         state = self.A.shape[-2]
-        budget = max(1, CHUNK // max(MIN_STEPS, state // 4))  # elements of a step
+        budget = max(1, self.chunk() // max(MIN_STEPS, state // 4))  # elements of a step
         channels = _share(dim, budget // (groups * state))
         samples = _share(batch, budget // max(1, groups * state * channels))
         for sample in range(0, batch, samples):
             for channel in range(0, dim, channels):
                 yield _Part(slice(sample, sample + samples), slice(channel, channel + channels))
 
-    def chunks(self) -> list[slice]:
-        """The steps of each chunk, in the order of the visit."""
+    def ranges(self) -> list[tuple[slice, int]]:
+        """The steps of each block in the order of the visit, and the steps of its chunks."""
         groups, batch, length, dim = self.u.shape
-        state = self.A.shape[-2]
-        most = max(CHUNK // max(1, groups * batch * dim * state), MIN_STEPS, state // 4)
-        size = _share(length, most)
+        step, state = max(1, groups * batch * dim), self.A.shape[-2]
+        size = min(max(self.chunk() // (step * state), MIN_STEPS, state // 4), max(length, 1))
+        span = size * max(1, min(length, BLOCK // step) // size)
+        whole = length // size * size
+        edges = [*range(0, whole, span), whole] if whole else [0]
+        ranges = [(a, b, size) for a, b in zip(edges, edges[1:], strict=False)]
+        if whole < length:
+            ranges.append((whole, length, length - whole))
         if self.reverse:
-            return [slice(max(0, t - size), t) for t in range(length, 0, -size)]
-        return [slice(t, min(t + size, length)) for t in range(0, length, size)]
+            ranges = [(length - b, length - a, size) for a, b, size in ranges]
+        return [(slice(a, b), size) for a, b, size in ranges]
 
     def start(self) -> Tensor:
         """(G, B, N, D), the state before the first step, free to be written."""
         if self.initial is not None:
-            return self.initial.clone(memory_format=torch.contiguous_format)
+            return _copy(self.initial)
         groups, batch, _, dim = self.u.shape
         return self.A.new_zeros(groups, batch, self.A.shape[-2], dim)
 
@@ -535,133 +563,171 @@ class _Memory:
     """Buffers by name, for chunk after chunk: fresh memory costs as much as what is computed in it."""
 
     def __init__(self) -> None:
-        self.buffers: dict[str, Tensor] = {}
+        self.flat: dict[str, Tensor] = {}
+        self.shaped: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def room(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """A contiguous buffer, the same for the same name; what it held is lost."""
-        size = prod(shape)
-        buffer = self.buffers.get(name)
-        if buffer is None or len(buffer) < size:
-            buffer = self.buffers[name] = like.new_empty(size)
-        return buffer[:size].view(shape)
+        buffer = self.shaped.get((name, shape))
+        if buffer is None:
+            flat, size = self.flat.get(name), math.prod(shape)
+            if flat is None or len(flat) < size:
+                flat = self.flat[name] = like.new_empty(size)
+            buffer = self.shaped[name, shape] = flat[:size].view(shape)
+        return buffer
 
 
-class _Chunk:
-    """Some steps of a part of a scan: what they read, and their states.
+class _Block:
+    """Successive steps of a part of a scan, in chunks of S: (chunks, G, B, S, ...), as visited.
+
+    What has no states is computed for all chunks at once.
 
     Args:
         scan: the part.
-        steps: a slice of 0 ... L-1.
-        memory: where everything is put; the next chunk puts it at the same places.
+        steps: which of 0 ... L-1.
+        size: S, a divisor of their number.
+        memory: where everything is put; the next block puts it at the same places.
     """
 
-    states: Tensor  # h after each step, (G, B, S, N, D)
-    decay: Tensor  # exp(d A)
-
-    def __init__(self, scan: _Scan, steps: slice, memory: _Memory) -> None:
-        self.scan, self.steps, self.memory = scan, steps, memory
-        self.u = scan.u[:, :, steps]
-        self.small = tuple(self.u.shape)  # (G, B, S, D)
-        self.large = (*self.small[:3], scan.A.shape[-2], self.small[3])
-        self.B, self.C = (x if x.ndim == 5 else x[:, :, steps] for x in (scan.B, scan.C))
-        delta, before = scan.delta[:, :, steps], self.room("before")
-        if scan.bias is None:
-            before.copy_(delta)
-        else:
-            torch.add(delta, scan.bias, out=before)
-        self.before, self.step = before, F.softplus(before) if scan.softplus else before
+    def __init__(self, scan: _Scan, steps: slice, size: int, memory: _Memory) -> None:
+        self.scan, self.place, self.memory = scan, steps, memory
+        self.count = (steps.stop - steps.start) // size
+        groups, batch, _, dim = scan.u.shape
+        state = scan.A.shape[-2]
+        self.small = (self.count, groups, batch, size, dim)
+        self.large = (groups, batch, size, state, dim)
+        self.rows = (self.count, groups, batch, size, state)
+        u, before = self.cut(scan.u), self.cut(scan.delta)
+        if scan.bias is not None:
+            before = torch.add(before, scan.bias, out=self.room("before"))
+        self.before = step = before
+        if scan.softplus:
+            step = F.softplus(before, out=self.room("step"))  # type: ignore[call-arg]
+        B, C = (x if x.ndim == 5 else self.cut(x).contiguous() for x in (scan.B, scan.C))
         self.reset = self.skip = None
         if scan.flags is not None:
-            flags = scan.flags[:, steps]
-            self.reset = (flags & RESET).bool()[None, ..., None, None]
-            self.skip = (flags & SKIP).bool()[None, ..., None]
+            flags = self.cut(scan.flags[None, ..., None], torch.uint8)
+            self.reset, self.skip = (flags & RESET).bool()[..., None], (flags & SKIP).bool()
             # A step of size 0 of an input 0: what padding holds, even NaN, reaches nothing.
-            self.u = self.u.masked_fill(self.skip, 0.0)
-            self.step.masked_fill_(self.skip, 0.0)
-            self.B, self.C = (
-                x if x.ndim == 5 else x.masked_fill(self.skip, 0.0) for x in (self.B, self.C)
-            )
-        self.step_u = torch.mul(self.step, self.u, out=self.room("step_u"))
+            u, step = u.masked_fill(self.skip, 0.0), step.masked_fill(self.skip, 0.0)
+            B = B if B is scan.B else B.masked_fill(self.skip, 0.0)
+            C = C if C is scan.C else C.masked_fill(self.skip, 0.0)
+        self.u, self.step = u, step
+        self.step_u = torch.mul(step, u, out=self.room("step_u"))
+        # Where exp would underflow it takes a hundred times as long; what it would give is as good as 0.
+        lowest = math.log(torch.finfo(scan.A.dtype).tiny)
+        self.lowest = lowest if step.numel() and (step * scan.A.amin(3)).min() < lowest else None
+        # By chunk: B and C as factors of states, and as rows where they depend on the input.
+        self.B, self.B_rows = self._coefficients(B, scan.B)
+        self.C, self.C_rows = self._coefficients(C, scan.C)
+        self.steps = step.unsqueeze(4).unbind()
+        self.steps_u = self.step_u.unsqueeze(4).unbind()
+
+    def _coefficients(self, x: Tensor, given: Tensor) -> tuple[Sequence[Tensor], Tensor | None]:
+        if x is given and x.ndim == 5:
+            return [x] * self.count, None
+        return x.unsqueeze(5).unbind(), x
 
     def room(self, name: str) -> Tensor:
-        """A buffer (G, B, S, D)."""
+        """A buffer (chunks, G, B, S, D)."""
         return self.memory.room(name, self.small, self.scan.A)
 
     def large_room(self, name: str) -> Tensor:
-        """A buffer (G, B, S, N, D)."""
+        """A buffer (G, B, S, N, D), for the states of a chunk."""
         return self.memory.room(name, self.large, self.scan.A)
 
-    def visit(self, x: Tensor) -> Sequence[Tensor]:
-        """The steps in the order of the visit."""
-        steps = x.unbind(2)
-        return steps[::-1] if self.scan.reverse else steps
+    def rows_room(self, name: str) -> Tensor:
+        """A buffer (chunks, G, B, S, N)."""
+        return self.memory.room(name, self.rows, self.scan.A)
 
-    def blank(self, x: Tensor) -> Tensor:
-        """x (G, B, S, D), made 0 in padding."""
-        return x if self.skip is None else x.masked_fill_(self.skip, 0.0)
+    def cut(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The block's steps of x (G, B, L, ...) in chunks; a view where nothing has to be changed."""
+        x = x[:, :, self.place].to(dtype or self.scan.A.dtype)
+        if self.scan.reverse:
+            x = x.flip(2)
+        return x.unflatten(2, (self.count, -1)).permute(2, 0, 1, 3, 4)
 
-    def decays(self) -> None:
-        """Compute `decay`, 0 where a sequence begins."""
-        self.decay = self.large_room("decay")
-        torch.mul(self.step[:, :, :, None], self.scan.A, out=self.decay).exp_()
-        if self.reset is not None:
-            self.decay.masked_fill_(self.reset, 0.0)
+    def join(self, chunks: Tensor, into: Tensor) -> None:
+        """Write chunks to where `cut` reads them."""
+        steps = into[:, :, self.place]
+        if self.scan.reverse:
+            steps.copy_(chunks.permute(1, 2, 0, 3, 4).flatten(2, 3).flip(2))
+        else:
+            steps.unflatten(2, (self.count, -1)).permute(2, 0, 1, 3, 4).copy_(chunks)
 
-    def scan_from(self, state: Tensor) -> Tensor:
-        """Compute `states` and `decay`, given h before the first step; returns h after the last."""
-        self.decays()
-        self.states = self.outer(self.B, self.step_u, self.large_room("states"))
-        for h, a in zip(self.visit(self.states), self.visit(self.decay), strict=True):
-            h.addcmul_(a, state)
-            state = h
-        return state
+    def take_tokens(self, x: Tensor, orders: Tensor, chunks: Tensor) -> Tensor:
+        """What the orders (G, L) visit of x (B, L, D) at these steps, written to chunks."""
+        for group, order in enumerate(orders[:, self.place]):
+            for i, tokens in enumerate(order.view(self.count, -1)):
+                torch.index_select(x, 1, tokens, out=chunks[i, group])
+        return chunks
 
-    def output(self, name: str) -> Tensor:
-        """<C, h> + D u, (G, B, S, D), in a buffer."""
-        y = self.sum_states(self.C, self.states, self.room(name))
-        return y if self.scan.D is None else y.addcmul_(self.u, self.scan.D)
+    def add_tokens(self, x: Tensor, orders: Tensor, chunks: Tensor) -> None:
+        """Add to x (B, L, D) at the places where `take_tokens` reads."""
+        for group, order in enumerate(orders[:, self.place]):
+            for i, tokens in enumerate(order.view(self.count, -1)):
+                x.index_add_(1, tokens, chunks[i, group])
 
-    def outer(self, x: Tensor, y: Tensor, out: Tensor) -> Tensor:
-        """B or C times y (G, B, S, D): (G, B, S, N, D)."""
-        return torch.mul(x if x.ndim == 5 else x[..., None], y[:, :, :, None], out=out)
+    def mask(self, chunks: Tensor) -> Tensor:
+        """Zero padding steps."""
+        return chunks if self.skip is None else chunks.masked_fill_(self.skip, 0.0)
 
-    def sum_states(self, x: Tensor, states: Tensor, out: Tensor) -> Tensor:
-        """B or C times states, summed over N: (G, B, S, D)."""
-        if x.ndim == 5:
-            return torch.sum(torch.mul(states, x, out=self.large_room("spare")), 3, out=out)
-        state, dim = states.shape[-2:]
-        matrices = states.view(-1, state, dim)
-        torch.bmm(x.reshape(-1, 1, state), matrices, out=out.view(-1, 1, dim))
-        return out
+    def decays(self, i: int) -> Tensor:
+        """exp(d A) of chunk i, (G, B, S, N, D), 0 where a sequence begins."""
+        decay = torch.mul(self.steps[i], self.scan.A, out=self.large_room("decay"))
+        if self.lowest is not None:
+            decay.clamp_(min=self.lowest)
+        decay.exp_()
+        return decay if self.reset is None else decay.masked_fill_(self.reset[i], 0.0)
 
-    def add_sums(self, into: Tensor, y: Tensor, states: Tensor) -> None:
-        """Add y (G, B, S, D) times states: summed over D to (G, B, L, N), or else to (G, 1, 1, N, D)."""
-        if into.ndim == 5:
-            spare = self.large_room("spare")
-            into += torch.mul(states, y[:, :, :, None], out=spare).sum((1, 2), keepdim=True)
+    def states(self, i: int, before: Tensor) -> tuple[Tensor, Tensor]:
+        """h after each step of chunk i, (G, B, S, N, D), and the decays."""
+        decay = self.decays(i)
+        states = torch.mul(self.B[i], self.steps_u[i], out=self.large_room("states"))
+        for h, a in zip(states.unbind(2), decay.unbind(2), strict=True):
+            h.addcmul_(a, before)
+            before = h
+        return states, decay
+
+    def output(self, i: int, states: Tensor, out: Tensor) -> None:
+        """<C, h> of chunk i into (G, B, S, D)."""
+        self.sum_states(self.C[i], self.C_rows, i, states, out)
+
+    def sum_states(
+        self, x: Tensor, rows: Tensor | None, i: int, states: Tensor, out: Tensor
+    ) -> None:
+        """B or C of chunk i times states, summed over N, into (G, B, S, D)."""
+        if rows is None:
+            torch.sum(torch.mul(states, x, out=self.large_room("spare states")), 3, out=out)
             return
         state, dim = states.shape[-2:]
-        # A row times a transposed matrix runs several times as fast as the matrix times a column.
-        sums = torch.bmm(y.view(-1, 1, dim), states.view(-1, state, dim).mT)
-        into[:, :, self.steps] += sums.view(*self.small[:3], state)
+        matrices = states.view(-1, state, dim)
+        torch.bmm(rows[i].view(-1, 1, state), matrices, out=out.view(-1, 1, dim))
 
 
 class _Backward:
-    """The backward of a part of a scan: `for chunk in chunks(): step(chunk, dy)`.
+    """The backward of a part of a scan.
+
+        for block in blocks():
+            for i in chunks(block): step(block, i, dy[i])
+            finish(block, dy)
 
     Args:
         scan: the part.
         grads: where its gradients go.
         end: (G, B, N, D), the last state's gradient; None: zeros.
         need_output: whether `states` are needed for the output, whatever the gradients.
-        memory: for chunks.
+        memory: for blocks.
     """
+
+    states: Tensor
+    decay: Tensor
 
     def __init__(
         self, scan: _Scan, grads: _Grads, end: Tensor | None, need_output: bool, memory: _Memory
     ) -> None:
         self.scan, self.grads, self.memory, g = scan, grads, memory, grads
-        self.carry = torch.zeros_like(scan.start()) if end is None else end.contiguous().clone()
+        self.carry = torch.zeros_like(scan.start()) if end is None else _copy(end)
         self.need_step = g.delta is not None or g.bias is not None
         self.need_decay = self.need_step or g.A is not None
         self.need_moved = self.need_step or g.u is not None
@@ -670,83 +736,106 @@ class _Backward:
         )
         self.need_states = self.need_decay or need_output or g.C is not None
 
-    def chunks(self) -> Iterator[_Chunk]:
-        """The chunks from the last to the first, with their states where needed."""
-        ranges = self.scan.chunks()
-        starts = [self.scan.start()]
+    def blocks(self) -> Iterator[_Block]:
+        """The blocks from the last to the first."""
+        ranges = self.scan.ranges()
+        self.starts = [self.scan.start()]  # the state before each chunk
         if self.need_states:
-            for steps in ranges[:-1]:
-                state = _Chunk(self.scan, steps, self.memory).scan_from(starts[-1])
-                starts.append(state.clone(memory_format=torch.contiguous_format))
-        for steps in reversed(ranges):
-            chunk = _Chunk(self.scan, steps, self.memory)
-            if self.need_states:
-                self.start = starts.pop()
-                chunk.scan_from(self.start)
-            elif self.need_gradient:
-                chunk.decays()
-            yield chunk
+            for n, (steps, size) in enumerate(ranges, 1):
+                block = _Block(self.scan, steps, size, self.memory)
+                for i in range(block.count - (n == len(ranges))):
+                    states, _ = block.states(i, self.starts[-1])
+                    self.starts.append(_copy(states[:, :, -1]))
+        for steps, size in reversed(ranges):
+            yield _Block(self.scan, steps, size, self.memory)
         if self.grads.initial is not None:
             self.grads.initial.copy_(self.carry)
 
-    def step(self, chunk: _Chunk, dy: Tensor) -> None:
-        """The gradients of a chunk.
+    def chunks(self, block: _Block) -> Iterator[int]:
+        """The chunks of a block from the last to the first, `states` ready where needed."""
+        for i in reversed(range(block.count)):
+            if self.need_states:
+                self.start = self.starts.pop()
+                self.states, self.decay = block.states(i, self.start)
+            elif self.need_gradient:
+                self.decay = block.decays(i)
+            yield i
+
+    def step(self, block: _Block, i: int, dy: Tensor) -> None:
+        """What a chunk's states are needed for.
 
         Args:
-            chunk: as `chunks` gave it.
-            dy: (G, B, S, D), contiguous, the gradient of `chunk.output`; 0 in padding.
+            block, i: the chunk.
+            dy: (G, B, S, D), the gradient of the sum over N with D u; 0 in padding.
         """
         grads = self.grads
-        if grads.D is not None:
-            grads.D += torch.mul(dy, chunk.u, out=chunk.room("du")).sum((1, 2), keepdim=True)
         if grads.C is not None:
-            chunk.add_sums(grads.C, dy, chunk.states)
+            self._add_sums(grads.C, "dC", block, i, dy, self.states)
         if not self.need_gradient:
             return
-        gradient = chunk.outer(chunk.C, dy, chunk.large_room("gradient"))
-        g, a = chunk.visit(gradient), chunk.visit(chunk.decay)
+        gradient = torch.mul(block.C[i], dy[:, :, :, None], out=block.large_room("gradient"))
+        g, a = gradient.unbind(2), self.decay.unbind(2)
+        h = (self.start, *self.states.unbind(2)) if self.need_decay else ()
         g[-1].add_(self.carry)
-        for t in range(len(g) - 2, -1, -1):
-            g[t].addcmul_(a[t + 1], g[t + 1])
+        for t in range(len(g) - 1, -1, -1):  # one step is done with while the cache has it
+            given = a[t].mul_(g[t])
+            if t:
+                g[t - 1].add_(given)
+            else:
+                self.carry.copy_(given)
+            if self.need_decay:
+                given.mul_(h[t])  # q
         if grads.B is not None:
-            chunk.add_sums(grads.B, chunk.step_u, gradient)
-        moved = chunk.room("moved")  # <B, g>, that of d u
+            self._add_sums(grads.B, "dB", block, i, block.step_u[i], gradient)
         if self.need_moved:
-            chunk.sum_states(chunk.B, gradient, moved)
-        if self.need_decay:
-            self._decays(chunk, gradient, moved)
-        else:
-            torch.mul(g[0], a[0], out=self.carry)
-        if grads.u is not None:
-            du = moved.mul_(chunk.step)
-            if self.scan.D is not None:
-                du.addcmul_(dy, self.scan.D)
-            grads.u[:, :, chunk.steps] = du
-
-    def _decays(self, chunk: _Chunk, q: Tensor, moved: Tensor) -> None:
-        """dA, ddelta and ddelta_bias; q is g and becomes a g h_{t-1}."""
-        scan, grads = self.scan, self.grads
-        q.mul_(chunk.decay)
-        first = chunk.visit(q)[0]
-        self.carry.copy_(first)
-        first.mul_(self.start)
-        if scan.reverse:
-            q[:, :, :-1].mul_(chunk.states[:, :, 1:])
-        else:
-            q[:, :, 1:].mul_(chunk.states[:, :, :-1])
+            block.sum_states(block.B[i], block.B_rows, i, gradient, block.room("moved")[i])
         if grads.A is not None:
-            product = torch.mul(q, chunk.step[:, :, :, None], out=chunk.decay)
+            product = torch.mul(self.decay, block.steps[i], out=gradient)
             grads.A += product.sum((1, 2), keepdim=True)
-        if not self.need_step:
+        if self.need_step:
+            torch.sum(self.decay.mul_(self.scan.A), 3, out=block.room("powers")[i])
+
+    def finish(self, block: _Block, dy: Tensor) -> None:
+        """What needs no states; dy (chunks, G, B, S, D) as in `step`, of all chunks."""
+        scan, grads = self.scan, self.grads
+        for name, into in (("dB", grads.B), ("dC", grads.C)):
+            if into is not None and into.ndim == 4:
+                block.join(block.cut(into).add_(block.rows_room(name)), into)
+        moved, powers = block.room("moved"), block.room("powers")
+        if grads.D is not None:
+            grads.D += self._sum(torch.mul(dy, block.u, out=block.room("spare")))
+        if self.need_step:
+            dstep = powers.addcmul_(moved, block.u)
+            if scan.softplus:
+                dstep = torch.ops.aten.softplus_backward(dstep, block.before, 1, 20)
+            block.mask(dstep)
+            if grads.bias is not None:
+                grads.bias += self._sum(dstep)
+            if grads.delta is not None:
+                block.join(dstep, grads.delta)
+        if grads.u is not None:
+            du = moved.mul_(block.step)
+            if scan.D is not None:
+                du.addcmul_(dy, scan.D)
+            block.join(du, grads.u)
+
+    @staticmethod
+    def _sum(chunks: Tensor) -> Tensor:
+        """(chunks, G, B, S, D) to (G, 1, 1, D)."""
+        return chunks.sum((0, 2, 3))[:, None, None]
+
+    def _add_sums(
+        self, into: Tensor, name: str, block: _Block, i: int, y: Tensor, states: Tensor
+    ) -> None:
+        """y (G, B, S, D) times states: their sum over D for `finish`, or else added to (G, N, D)."""
+        if into.ndim == 5:
+            product = torch.mul(states, y[:, :, :, None], out=block.large_room("spare states"))
+            into += product.sum((1, 2), keepdim=True)
             return
-        dstep = torch.sum(q.mul_(scan.A), 3, out=chunk.room("dstep")).addcmul_(moved, chunk.u)
-        if scan.softplus:
-            dstep *= torch.sigmoid(chunk.before, out=chunk.before)
-        chunk.blank(dstep)
-        if grads.bias is not None:
-            grads.bias += dstep.sum((1, 2), keepdim=True)
-        if grads.delta is not None:
-            grads.delta[:, :, chunk.steps] = dstep
+        state, dim = states.shape[-2:]
+        # A row times a transposed matrix runs several times as fast as the matrix times a column.
+        matrices = states.view(-1, state, dim).mT
+        torch.bmm(y.view(-1, 1, dim), matrices, out=block.rows_room(name)[i].view(-1, 1, state))
 
 
 def _scan(
@@ -798,6 +887,11 @@ def _cross(
     return _Scan(u, delta, A, B, C, D, delta_bias, None, None, True, False)
 
 
+def _copy(x: Tensor) -> Tensor:
+    """A contiguous copy."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def _share(count: int, most: int) -> int:
     """The size of the fewest ranges of nearly equal size that make up `count`."""
     return -(-count // max(1, -(-count // max(1, most)))) or 1
@@ -841,10 +935,9 @@ def _as(x: Tensor | None, like: Tensor | None) -> Tensor | None:
     return None if x is None or like is None else x.reshape(like.shape).to(like.dtype)
 
 
-def _dsilu(x: Tensor) -> Tensor:
-    """The derivative of silu."""
-    s = torch.sigmoid(x)
-    return s * (1 + x * (1 - s))
+def _silu_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient of silu's input, given that of its output."""
+    return torch.ops.aten.silu_backward(gradient, x)
 
 
 def _conv_chunks(

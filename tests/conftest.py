@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -43,6 +44,31 @@ def small(brief: list[str]) -> list[str]:
     return [*brief, *shlex.split(
         "--image-size 32 --decoder-dim 32 --decoder-layers 2 --decoder-heads 2 --vocab-size 300"
     )]  # fmt: skip
+
+
+@pytest.fixture
+def annotated(tmp_path: Path) -> Callable[[], Path]:
+    """A data set of files: 8 / 2 / 2 studies of one or two views; the annotation's path."""
+
+    def write() -> Path:
+        from PIL import Image
+
+        folder = tmp_path / "data"
+        folder.mkdir()
+        words = ("heart", "lung", "clear", "large", "no", "effusion", "left", "right")
+        content: dict[str, list[dict[str, Any]]] = {"train": [], "val": [], "test": []}
+        for k in range(12):
+            split = "train" if k < 8 else "val" if k < 10 else "test"
+            names = [f"{k}-{view}.png" for view in range(1 + k % 2)]
+            for view, name in enumerate(names):
+                Image.new("L", (40, 36), 20 * k + 5 * view).save(folder / name)
+            report = " ".join(words[(k + j) % 8] for j in range(3 + k % 4)) + " ."
+            content[split].append({"id": f"study-{k}", "report": report, "image_path": names})
+        path = folder / "annotation.json"
+        path.write_text(json.dumps(content))
+        return path
+
+    return write
 
 
 # METEOR's Java process and the resampling take longer than such a training.

@@ -22,7 +22,7 @@ from torch import Tensor
 import emrrg
 from emrrg import convert
 from emrrg import train as command
-from emrrg.config import TrainConfig, parse_config
+from emrrg.config import TrainConfig, parse_config, run_command
 from emrrg.data.loading import load_studies
 from emrrg.decoder import Decoder, DecoderConfig
 from emrrg.evaluation import selection_score, write_reports
@@ -664,6 +664,122 @@ def test_tensorboard(train: Train, small: list[str], tmp_path: Path) -> None:
     rows = {row["step"]: row["loss"] for row in numbers(run) if "loss" in row}
     assert points == pytest.approx(rows)
     assert "val/BLEU-4" in events.Tags()["scalars"]
+
+
+# --- What a person did wrong: one line that names it, exit status 2 ---
+
+
+def said(
+    flags: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """The line of `python -m emrrg.train FLAGS`, which must be the only one."""
+    monkeypatch.setattr(sys, "argv", ["emrrg/train.py", *map(str, flags)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run_command(command.main)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--epochs many", "--epochs: invalid int value: 'many'"),
+        ("--presets tiny", "unrecognized arguments: --presets tiny"),
+        ("--resume {tmp}/nothing", "--resume: {tmp}/nothing holds no config.json"),
+        ("--resume {trained} --lr 1", "--lr: cannot change in a run that goes on"),
+        ("--output {trained}", "--output: {trained} exists already"),
+        ("--output {file}", "--output: {file} exists already"),
+        ("--output {file}/under", "--output: cannot write in {file}/under (Not a directory)"),
+        ("--init {tmp}/nothing", "{tmp}/nothing: is not a run folder (no such folder)"),
+        ("--init {trained} --image-size 64", "--image-size: comes with --init already"),
+        ("--dataset phantoms --regime peft", "--regime peft: adapts trained weights"),
+        ("--dataset phantoms --regime linear-probe", "--regime linear-probe: trains the projector"),
+        ("--dataset phantoms --peft bias", "--peft: its methods train under --regime peft"),
+        ("--init {trained} --regime full --llm-int8", "--llm-int8: int8 weights cannot train"),
+        ("--init {trained} --shard-llm", "--shard-llm: there is one process"),
+        ("--init {trained} --regime full --shard-llm", "--shard-llm: shards frozen weights"),
+        ("--init {trained} --max-report-tokens 400", "more than the language model's 256 pos"),
+        ("--init {trained} --hybrid-layers 5 --regime peft", "--hybrid-layers: 5 is not a layer"),
+        ("--vision-checkpoint {file} --llm {tmp}", "{file}: "),
+        ("--dataset custom --annotation {file} --images {tmp}", "{file}: not JSON: line 1"),
+        ("--dataset custom --annotation {tmp}/a --images {tmp}", "{tmp}/a: no such file"),
+        ("--device cuda:77", "--device: cuda:77 is not there"),
+        ("--device tpu", "--device: 'tpu' is not auto, cpu, cuda or cuda:N"),
+        ("--drop-path 1.5", "--drop-path: 1.5 is not in [0, 1)"),
+    ],
+)
+def test_a_wrong_flag(
+    trained: Path, brief: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], flags: str, says: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("{")
+    names = {"tmp": tmp_path, "trained": trained, "file": tmp_path / "file"}
+    given = flags.format(**names).split()
+    few = [] if "--resume" in given else brief
+    if "custom" in given:
+        few = flags_without(brief, "--dataset")
+    line = said([*few, *given], monkeypatch, capsys)
+    assert line.startswith("emrrg.train: error: ") and says.format(**names) in line
+
+
+def flags_without(flags: list[str], name: str) -> list[str]:
+    at = flags.index(name)
+    return flags[:at] + flags[at + 2 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ("broken", "3-1.png: "),
+        ("missing", "train[3] (study-3): image {data}/3-1.png: no such file"),
+        ("record", "train[2] (study-2): no 'report'"),
+        ("empty", "has no 'test' studies"),
+    ],
+)
+def test_wrong_data(
+    annotated: Callable[[], Path], brief: list[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], damage: str, says: str,
+) -> None:  # fmt: skip
+    path = annotated()
+    content = json.loads(path.read_text())
+    if damage == "broken":
+        (path.parent / "3-1.png").write_bytes((path.parent / "3-1.png").read_bytes()[:60])
+    elif damage == "missing":
+        (path.parent / "3-1.png").unlink()
+    elif damage == "record":
+        del content["train"][2]["report"]
+    else:
+        content["test"] = []
+    path.write_text(json.dumps(content))
+    data = ["--dataset", "custom", "--annotation", path, "--images", path.parent]
+    sizes = shlex.split("--image-size 32 --decoder-dim 32 --decoder-layers 1 --vocab-size 100")
+    run = ["--output", tmp_path / "run"]
+    line = said([*flags_without(brief, "--dataset"), *sizes, *data, *run], monkeypatch, capsys)
+    assert says.format(data=path.parent) in line
+
+
+def test_tensorboard_that_is_not_installed(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    line = said([*small, "--tensorboard", "--output", tmp_path / "run"], monkeypatch, capsys)
+    assert "pip install 'emrrg[tensorboard]'" in line
+
+
+def test_a_real_process_ends_with_status_2(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "emrrg.train", "--resume", str(tmp_path)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"emrrg.train: error: --resume: {tmp_path} holds no config.json, it is not a run folder\n"
+    )
+    assert not done.stdout
 
 
 # --- Learning ---

@@ -50,6 +50,7 @@ __all__ = [
     "label_report",
     "score_comparisons",
     "score_labels",
+    "score_policies",
     "score_sides",
 ]
 
@@ -68,7 +69,6 @@ OBSERVATION_SETS: dict[str, tuple[str, ...]] = {
 }
 AVERAGES = ("micro", "macro", "example")
 MEASURES = ("precision", "recall", "f1")
-POLICIES = ("negative", "positive", "ignore")
 
 SIDED: tuple[str, ...] = tuple(
     name for name in FINDINGS if name not in ("Enlarged Cardiomediastinum", "Cardiomegaly")
@@ -77,6 +77,7 @@ SIDED: tuple[str, ...] = tuple(
 
 Labels = Mapping[str, int | None]
 Policy = Literal["negative", "positive", "ignore"]
+POLICIES: tuple[Policy, ...] = ("negative", "positive", "ignore")
 
 
 def score_labels(
@@ -137,6 +138,34 @@ def score_labels(
         "zero_division": zero_division,
         "bootstrap": {"resamples": bootstrap, "seed": seed, "level": LEVEL} if bootstrap else {},
     }
+
+
+def score_policies(
+    predicted: Sequence[Labels],
+    reference: Sequence[Labels],
+    *,
+    uncertain: Policy = "negative",
+    **settings: Any,
+) -> dict[str, Any]:
+    """`score_labels`, and the F1 of every uncertainty policy beside it.
+
+    Args:
+        predicted, reference, uncertain: as in `score_labels`.
+        **settings: its others.
+    Returns:
+        As `score_labels`; policies: each policy to "all" | "five" | "findings" to average to F1.
+    Raises:
+        InputError: as `score_labels`.
+    """
+    result = score_labels(predicted, reference, uncertain=uncertain, **settings)
+    result["policies"] = {}
+    for policy in POLICIES:
+        other = score_labels(predicted, reference, uncertain=policy)
+        result["policies"][policy] = {
+            name: {average: rates["f1"] for average, rates in other[name].items()}
+            for name in OBSERVATION_SETS
+        }
+    return result
 
 
 def compare_labels(

@@ -19,6 +19,7 @@ UNKNOWN = "unknown"
 AGE_LIMITS = (18, 40, 60, 80)
 """Years at which the age bands begin."""
 
+_YES_OR_NO = {"yes": True, "true": True, "y": True, "no": False, "false": False, "n": False}
 _MOST_VALUES = 20
 _NUMBERS_AS_THEY_ARE = 10
 _AGE = re.compile(r"^0*(\d+(?:\.\d+)?) ?([ymwd]?)(?:ears?|onths?|eeks?|ays?|rs?)?\.?\+?$")
@@ -40,6 +41,35 @@ def group_studies(columns: Mapping[str, Sequence[Any]]) -> Groups:
         InputError: a column has more than twenty different values that are no numbers.
     """
     return {name: _group(name, list(values)) for name, values in columns.items()}
+
+
+def known_priors(values: Sequence[Any], names: Sequence[str], where: str) -> list[bool | None]:
+    """Whether studies have an earlier one, from a column of the annotation.
+
+    Args:
+        values: one a study: a number of earlier studies, yes or no, a list of them, or nothing.
+        names: of the studies, for messages.
+        where: file and column, for messages.
+    Returns:
+        None where the column says nothing.
+    Raises:
+        InputError: another value.
+    """
+    priors: list[bool | None] = []
+    for name, value in zip(names, values, strict=True):
+        text = str(value).strip().lower()
+        number = _number(text)
+        if value is None or text in ("", "nan"):
+            priors.append(None)
+        elif isinstance(value, bool | list):
+            priors.append(bool(value))
+        elif text in _YES_OR_NO:
+            priors.append(_YES_OR_NO[text])
+        elif number is not None:
+            priors.append(number > 0)
+        else:
+            raise InputError(f"{where}: study {name}: {value!r} is neither yes, no nor a number")
+    return priors
 
 
 def _group(name: str, values: list[Any]) -> dict[str, list[int]]:

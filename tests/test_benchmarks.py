@@ -1,0 +1,643 @@
+"""The benchmarks' own arithmetic: counts, checks, records, comparison, page; not their figures."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import (
+    bench_finetune,
+    bench_lora_linear,
+    bench_selective_scan,
+    encoders,
+    machine,
+    measure,
+    memory,
+    peers,
+    report,
+    results,
+    roofline,
+)
+from benchmarks.work import Case, Contender, Work, errors
+from emrrg.vision import VISION_PRESETS, VisionMamba
+from kernels.reference import scan_ref
+
+ROOT = Path(__file__).parents[1]
+MACHINE = {"device": "CPU of a test, 2 threads", "kind": "cpu", "cores": 2, "system": "linux"}
+GPU = {"device": "NVIDIA H200", "kind": "cuda", "cores": 16, "system": "linux"}
+RUN = {
+    "time": "2030-01-01 00:00",
+    "commit": "0123456789ab",
+    "size": "default",
+    "versions": {"torch": "2"},
+    "rates": {"bytes": 2e10, "exps": 4e9, "flops": 2e11},
+}
+H200 = roofline.CARDS[-1]
+
+
+def record(group: str, contender: str, median: float | None, **more: Any) -> results.Record:
+    """A record with a spread of ten per cent."""
+    times = (
+        {}
+        if median is None
+        else {"q1": 0.95 * median, "q3": 1.05 * median, "rounds": 9, "iterations": 1}
+    )
+    return {
+        "suite": "selective_scan", "group": group, "contender": contender, "ours": False,
+        "median": median, "facts": {}, "series": None, "items": None, **times, **more,
+    }  # fmt: skip
+
+
+def stored(*records: results.Record, machine: dict[str, Any] = MACHINE) -> dict[str, Any]:
+    """A results file of one run."""
+    return results.merged(None, machine, RUN, records)
+
+
+# Counts.
+
+
+@pytest.mark.parametrize(
+    ("shape", "forward", "backward"),
+    [  # microseconds on an H200 with 16-bit activations: bytes, exponentials
+        ((64, 768, 197), (18, 46), (32, 49)),
+        ((32, 1024, 577), (36, 90), (62, 95)),
+        ((8, 2048, 4096), (125, 321), (220, 337)),
+        ((1, 2048, 65536), (251, 642), (440, 674)),
+    ],
+)
+def test_scan_counts_are_those_of_the_published_floor(shape, forward, backward):
+    scan = roofline.Scan(*shape, size=2)
+    for counts, (moved, exps) in ((scan.forward(), forward), (scan.backward(), backward)):
+        assert counts.bytes / 4.3e12 * 1e6 == pytest.approx(moved, rel=0.03)
+        assert counts.exps / 4.18e12 * 1e6 == pytest.approx(exps, rel=0.01)
+        assert roofline.floor(counts, H200) == pytest.approx(exps * 1e-6, rel=0.01)
+
+
+def test_scan_counts_by_hand():
+    scan = roofline.Scan(batch=2, dim=3, length=5, state=4, size=4)
+    elements, states = 2 * 3 * 5, 2 * 3 * 5 * 4
+    small = 4 * (2 * 2 * 5 * 4 + 3 * 4)
+    assert scan.forward().bytes == 4 * 4 * elements + small
+    assert scan.backward().bytes == 7 * 4 * elements + 2 * small
+    assert scan.forward().exps == states + 4 * elements
+    assert scan.mode("both-frozen") == scan.forward() + scan.backward()
+    plain = roofline.Scan(2, 3, 5, 4, 4, gated=False)
+    assert scan.forward().bytes - plain.forward().bytes == 4 * elements  # z is not read
+    assert scan.forward().exps - plain.forward().exps == 2 * elements
+
+
+def test_mamba_ssm_floor_is_the_published_one():
+    forward, backward = roofline.peer_scan(roofline.Scan(64, 768, 197)) or (0, 0)
+    assert forward / H200.issue == pytest.approx(254e-6, rel=0.01)
+    assert backward / H200.issue == pytest.approx(520e-6, rel=0.01)
+    assert roofline.peer_scan(roofline.Scan(1, 8, 33)) is None
+
+
+def test_encoder_products_are_those_that_torch_counts():
+    batch, pixels, dim, depth = 2, 64, 64, 2
+    model = VisionMamba(pixels, dim=dim, depth=depth).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randn(batch, 3, pixels, pixels))
+    parts = roofline.encoder(batch, pixels, dim, depth)
+    assert sum(c.flops for c in parts.values()) == counter.get_total_flops()
+
+
+def test_lora_counts_by_hand():
+    counts = roofline.linear(rows=7, inputs=5, outputs=3, size=2, rank=2)
+    assert counts.flops == 2 * 7 * (5 * 3 + 2 * 5 + 2 * 3)
+    assert counts.bytes == 2 * (7 * 5 + 7 * 3 + 5 * 3 + 2 * 5 + 2 * 3)
+
+
+def test_model_names_its_bound():
+    card = roofline.Card("card", bytes=10.0, exps=10.0, issue=10.0, flops=10.0)
+    for name, counts in {
+        "memory": roofline.Counts(4, 1, 2, 3),
+        "exponentials": roofline.Counts(1, 4, 2, 3),
+        "products": roofline.Counts(1, 2, 4, 3),
+        "instructions": roofline.Counts(1, 2, 3, 4),
+    }.items():
+        assert roofline.bound(counts, card) == name
+        assert roofline.model(counts, card) == pytest.approx(0.4)
+    assert roofline.floor(roofline.Counts(1, 2, 3, 4), card) == pytest.approx(0.3)
+
+
+def test_a_measured_card_keeps_what_was_measured():
+    rates = {"bytes": 1.0, "exps": 2.0, "flops": 3.0}
+    cpu = roofline.measured_card("some CPU", rates)
+    assert (cpu.bytes, cpu.exps, cpu.flops, cpu.issue) == (1.0, 2.0, 3.0, math.inf)
+    h200 = roofline.measured_card("NVIDIA H200", rates)
+    assert (h200.bytes, h200.exps, h200.issue) == (1.0, H200.exps, H200.issue)
+
+
+# Peers compute what they are said to compute.
+
+
+def scan_inputs(length: int = 13) -> dict[str, torch.Tensor]:
+    given = bench_selective_scan.inputs(2, 6, length, torch.float32, torch.device("cpu"))
+    given.pop("dout")
+    return {name: value.double().requires_grad_() for name, value in given.items()}
+
+
+@pytest.mark.parametrize("name", ["scan_by_steps", "scan_by_slices"])
+def test_loops_are_the_scan_with_all_gradients(name):
+    given = scan_inputs()
+    first = name == "scan_by_slices"
+    function = getattr(peers, name)
+    if first:  # it computes in fp32: mamba_ssm's does
+
+        def call(*tensors):
+            turned = [t.float().transpose(1, 2) if t.ndim == 3 else t.float() for t in tensors]
+            return function(*turned).transpose(1, 2)
+
+    else:
+        call = function
+    expected = scan_ref(*given.values(), delta_softplus=True)
+    found = call(*given.values())
+    assert isinstance(expected, torch.Tensor)
+    weights = torch.randn(expected.shape, dtype=torch.float64)
+    pairs = {"out": (found, expected)}
+    for key, a, b in zip(
+        given,
+        torch.autograd.grad(found, list(given.values()), weights.to(found.dtype)),
+        torch.autograd.grad(expected, list(given.values()), weights),
+        strict=True,
+    ):
+        pairs[f"d{key}"] = (a, b)
+    for key, (a, b) in pairs.items():
+        tolerance = 1e-4 if first else 1e-11
+        torch.testing.assert_close(
+            a.double(), b, rtol=tolerance, atol=tolerance, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
+def test_the_truth_of_the_scan_is_the_reference(monkeypatch):
+    arguments = {"batch": 2, "dim": 6, "length": 9, "dtype": "float32"}
+    given = bench_selective_scan.inputs(2, 6, 9, torch.float32, torch.device("cpu"))
+    dout = given.pop("dout").double()
+    leaves = {name: value.double().requires_grad_() for name, value in given.items()}
+    expected = scan_ref(*leaves.values(), delta_softplus=True)
+    assert isinstance(expected, torch.Tensor)
+    gradients = torch.autograd.grad(expected, list(leaves.values()), dout)
+    found = bench_selective_scan.truth("both", **arguments)
+    torch.testing.assert_close(found["out"], expected.detach())
+    for name, gradient in zip(leaves, gradients, strict=True):
+        torch.testing.assert_close(
+            found[f"d{name}"], gradient, msg=lambda m, name=name: f"d{name}: {m}"
+        )
+    assert set(bench_selective_scan.truth("forward", **arguments)) == {"out"}
+
+
+def test_the_flipping_mixer_is_ours_in_another_order():
+    arguments = {"name": "small", "batch": 1, "pixels": 48}
+    expected = encoders.mixer_truth("training", **arguments)
+    work = encoders.build_mixer(encoders.OURS, "training", **arguments)
+    assert work.results is not None
+    found = work.results()
+    assert set(found) == {"out", "dinput"}
+    assert max(errors(found, expected).values()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["base", "large"])
+def test_the_vit_has_as_many_parameters(name):
+    arguments = VISION_PRESETS[name]
+    with torch.device("meta"):
+        ours = sum(p.numel() for p in VisionMamba(**arguments).parameters())
+        vit = peers.VisionTransformer(
+            arguments["image_size"], arguments["dim"], arguments["depth"], ours
+        )
+    assert sum(p.numel() for p in vit.parameters()) == pytest.approx(ours, rel=1e-3)
+
+
+@pytest.mark.parametrize("contender", [c.name for c in bench_lora_linear.CONTENDERS])
+def test_lora_contenders_in_float64(contender):
+    if contender == bench_lora_linear.PEFT and peers.peft():
+        pytest.skip(str(peers.peft()))
+    arguments = {
+        "mode": "both", "rows": "half", "tokens": 5, "inputs": 24, "outputs": 16,
+        "dtype": "float64",
+    }  # fmt: skip
+    work = bench_lora_linear.build(contender, **arguments)
+    if contender == bench_lora_linear.NONE:
+        assert work.results is None
+        return
+    assert work.results is not None
+    found = work.results()
+    assert set(found) == {"y", "dx", "dA", "dB"}
+    # A and B are fp32, as they are in training.
+    assert max(errors(found, bench_lora_linear.truth(**arguments)).values()) < 1e-5
+
+
+@pytest.mark.parametrize("regime", bench_finetune.REGIMES)
+def test_a_step_trains_what_the_regime_says(regime):
+    arguments = {
+        "checkpointing": regime == "peft", "name": "small", "pixels": 32, "decoder": "tiny",
+        "tokens": 4, "batch": 2,
+    }  # fmt: skip
+    run = bench_finetune.run_of(regime, **arguments)
+    before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+    for _ in range(3):  # the first steps move only B, which starts at zero
+        run.forget()
+        run.step()
+    changed = {n for n, p in run.model.named_parameters() if not torch.equal(p, before[n])}
+    trained = {n for n, p in run.model.named_parameters() if p.requires_grad}
+    assert changed <= trained
+    kinds = {
+        "adapter": any(".lora_X." in n for n in changed),
+        "encoder": any(n.endswith("mixer.out_proj.weight") for n in changed),
+        "projector": "llama_proj.weight" in changed,
+        "hybrid": any(".cross_attn.alpha" in n for n in changed),
+        "decoder": any(n.endswith("self_attn.q_proj.weight") for n in changed),
+    }
+    expected = {
+        "peft": {"adapter", "projector", "hybrid"},
+        "encoder": {"encoder", "projector", "hybrid"},
+        "full": {"encoder", "projector", "hybrid", "decoder"},
+        "linear-probe": {"projector"},
+    }[regime]
+    assert {kind for kind, moved in kinds.items() if moved} == expected
+    assert (run.features is not None) == (regime == "linear-probe")
+
+
+# Checks and records.
+
+
+def test_errors_are_shares_of_the_largest_magnitude():
+    truth = {"a": torch.tensor([0.0, -4.0], dtype=torch.float64), "b": torch.zeros(1).double()}
+    assert errors({"a": torch.tensor([1.0, -4.0])}, truth) == {"a": 0.25}
+    assert errors({"b": torch.tensor([0.5])}, truth) == {"b": 0.5}
+    assert math.isnan(errors({"a": torch.tensor([math.nan, 0.0])}, truth)["a"])
+    with pytest.raises(AssertionError, match=r"a: \(3,\)"):
+        errors({"a": torch.zeros(3)}, truth)
+    with pytest.raises(AssertionError):
+        errors({}, truth)
+    with pytest.raises(AssertionError):
+        errors({"c": torch.zeros(1)}, truth)
+
+
+class FakeBenchmark:
+    """What `Measure` uses of pytest-benchmark's fixture."""
+
+    def __init__(self) -> None:
+        self.group, self.extra_info, self.stats = "", {}, None
+
+    def pedantic(self, run, setup=None, rounds=1, iterations=1):
+        times = []
+        for _ in range(rounds):
+            given = setup()[0] if setup else ()
+            start = machine.now()
+            run(*given)
+            times.append(machine.now() - start)
+        middle = sorted(times)[len(times) // 2]
+        stats = SimpleNamespace(
+            median=middle, q1=min(times), q3=max(times), min=min(times), max=max(times)
+        )
+        self.stats = SimpleNamespace(stats=stats)
+
+
+def adder(contender: str, value: float) -> Work:
+    """Adds one, or two where it is wrong, or nothing that is a number."""
+    wrong = {"wrong": 2.0, "nan": math.nan}.get(contender, 1.0)
+    x = torch.full((3,), value)
+    return Work(lambda: x + wrong, results=lambda: {"y": x + wrong})
+
+
+def add_truth(value: float) -> dict[str, torch.Tensor]:
+    return {"y": torch.full((3,), value + 1, dtype=torch.float64)}
+
+
+CASE = Case("suite", "group", adder, {"value": 1.0}, add_truth, memory=False, items=(3, "numbers"))
+
+
+def run_measure(contender: Contender, case: Case = CASE) -> tuple[list[results.Record], Any]:
+    records: list[results.Record] = []
+    benchmark = FakeBenchmark()
+    measure.Measure(benchmark, "smoke", records)(case, contender)
+    return records, benchmark
+
+
+def test_a_right_contender_is_timed():
+    records, benchmark = run_measure(Contender("right", ours=True))
+    assert records[0]["median"] > 0 and records[0]["errors"] == {"y": 0.0}
+    assert benchmark.extra_info["numbers_per_second"] == pytest.approx(3 / records[0]["median"])
+
+
+@pytest.mark.parametrize("name", ["wrong", "nan"])
+def test_a_wrong_result_is_never_timed(name):
+    with pytest.raises(AssertionError, match="wrong: y is off by"):
+        run_measure(Contender(name, ours=True))
+    records: list[results.Record] = []
+    benchmark = FakeBenchmark()
+    with pytest.raises(pytest.skip.Exception, match="wrong: y is off by"):
+        measure.Measure(benchmark, "smoke", records)(CASE, Contender(name))
+    assert benchmark.stats is None and records[0]["median"] is None
+    assert "not timed" in records[0]["skipped"]
+
+
+def test_a_missing_peer_is_a_skip_with_its_reason():
+    records: list[results.Record] = []
+    with pytest.raises(pytest.skip.Exception, match="pip install it"):
+        measure.Measure(FakeBenchmark(), "smoke", records)(
+            CASE, Contender("peer", missing=lambda: "pip install it")
+        )
+    assert records == [{**records[0], "skipped": "pip install it", "median": None}]
+
+
+def test_no_install_is_asked_for_what_is_there():
+    assert peers.find("json", "pip install json", "loads") is None
+    assert peers.find("json", "pip install json", "no_such") == (
+        "json has no no_such: pip install json"
+    )
+    missing = peers.find("no_such_module", "pip install it")
+    assert missing is not None and missing.endswith(": pip install it")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to time it on")
+def test_the_interpreter_is_never_timed():
+    assert "interpreter" in (bench_selective_scan.available("triton")() or "")
+
+
+def test_slow_calls_are_repeated_less():
+    assert measure.rounds_for("smoke", 1e-6) == (1, 1)
+    assert measure.rounds_for("default", 1e-3)[0] == 30
+    assert measure.rounds_for("default", 1.0)[0] == 3
+    assert measure.rounds_for("default", 11.0)[0] == 2
+    assert measure.rounds_for("default", 40.0)[0] == 1
+
+
+def allocate(contender: str, mebibytes: int) -> Work:
+    """Holds 32 MiB, and takes some more for a moment and some as its result."""
+    held = torch.ones(32 * 2**18)
+
+    def run() -> torch.Tensor:
+        passing = torch.ones(mebibytes * 2**18)
+        return passing[: len(passing) // 2] + 1
+
+    return Work(run, sizes=lambda: {"held": held.nbytes})
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists() or torch.cuda.is_available(), reason="Linux, CPU"
+)
+def test_peak_memory_is_what_the_call_takes(monkeypatch):
+    monkeypatch.setattr(memory, "PRELOAD", ("torch",))
+    arguments = {"contender": "any", "mebibytes": 64}
+    found = memory.peak(allocate, arguments, warm=True)
+    assert found["held"] == 32 * 2**20
+    assert 96 <= found["peak"] / 2**20 <= 100
+    assert 128 <= found["total"] / 2**20 <= 160
+
+
+def test_groups_are_saved_whole():
+    old = stored(record("a", "ours", 1.0), record("a", "peer", 2.0), record("b", "ours", 3.0))
+    new = results.merged(old, MACHINE, {**RUN, "commit": "new"}, [record("a", "ours", 4.0)])
+    assert [(r["group"], r["contender"], r["median"], r["run"]) for r in new["records"]] == [
+        ("b", "ours", 3.0, 0),
+        ("a", "ours", 4.0, 1),  # the peer's time was another run's
+    ]
+    assert [run["commit"] for run in new["runs"]] == [RUN["commit"], "new"]
+    last = results.merged(new, MACHINE, {**RUN, "commit": "last"}, [record("b", "ours", 5.0)])
+    assert [run["commit"] for run in last["runs"]] == ["new", "last"]  # no record is of the first
+
+
+@pytest.mark.parametrize("key", results.SAME)
+def test_machines_are_not_mixed(key):
+    with pytest.raises(results.ResultError, match=f"of {key}"):
+        results.merged(stored(), {**MACHINE, key: "another"}, RUN, [])
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    for content in ("{", "[]", '{"format": 99}'):
+        (tmp_path / "r.json").write_text(content)
+        with pytest.raises(results.ResultError, match=r"r\.json"):
+            results.read(tmp_path / "r.json")
+    with pytest.raises(results.ResultError, match=r"none\.json"):
+        results.read(tmp_path / "none.json")
+
+
+# Comparison.
+
+
+def compared(before: float, ours: float, peer: float = 10.0, spread: float = 0.05):
+    def pair(time: float, other: float) -> list[results.Record]:
+        quartiles = {"q1": time * (1 - spread), "q3": time * (1 + spread)}
+        peers_ = {"q1": other * (1 - spread), "q3": other * (1 + spread)}
+        return [
+            record("g", "ours", time, ours=True) | quartiles,
+            record("g", "peer", other) | peers_,
+            record("g", "absent", None),
+        ]
+
+    found = list(results.ratios(stored(*pair(before, 10.0)), pair(ours, peer)))
+    assert [(r.ours, r.peer) for r in found] == [("ours", "peer")]
+    return found[0]
+
+
+def test_a_lost_ratio_is_found():
+    assert compared(1.0, 1.5).worse(0.15)
+    assert not compared(1.0, 1.1).worse(0.15)
+    assert compared(1.0, 1.1, spread=0.0).worse(0.05)
+    assert "ours takes 0.15 of peer's time, it took 0.1" in str(compared(1.0, 1.5))
+
+
+def test_a_slower_machine_is_no_loss():
+    assert not compared(1.0, 3.0, peer=30.0).worse(0.0)
+
+
+def test_noise_is_no_loss():
+    assert not compared(1.0, 1.3, spread=0.2).worse(0.15)
+
+
+def test_groups_that_only_one_run_has_are_not_compared():
+    assert not list(results.ratios(stored(record("other", "ours", 1.0, ours=True)), []))
+    fresh = [record("new", "ours", 1.0, ours=True), record("new", "peer", 1.0)]
+    assert not list(results.ratios(stored(), fresh))
+
+
+def benchmarks_run(*options: str) -> subprocess.CompletedProcess[str]:
+    """One short suite in a process of its own."""
+    return subprocess.run(
+        [
+            sys.executable, "-m", "pytest", "benchmarks/bench_data.py", "--benchmark-only",
+            "--size", "smoke", "-q", "-k", "scores", "-p", "no:cacheprovider", *options,
+        ],
+        cwd=ROOT, capture_output=True, text=True, timeout=200,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+    )  # fmt: skip
+
+
+def test_save_and_compare_from_the_command_line(tmp_path):
+    file = tmp_path / "run.json"
+    first = benchmarks_run("--save", str(file))
+    assert first.returncode == 0, first.stdout + first.stderr
+    kept = results.read(file)
+    assert [r["contender"] for r in kept["records"]] == ["emrrg", "pycocoevalcap"]
+    assert all(r["median"] > 0 and max(r["errors"].values()) < 1e-9 for r in kept["records"])
+    for r in kept["records"]:  # a run in which ours took next to nothing
+        if r["ours"]:
+            r["median"] /= 1e6
+    results.write(file, kept)
+    second = benchmarks_run("--compare", str(file))
+    assert second.returncode == 1, second.stdout
+    assert "emrrg takes" in second.stdout
+    kept["machine"]["device"] = "another"
+    results.write(file, kept)
+    third = benchmarks_run("--compare", str(file))
+    assert third.returncode == 4 and "two machines are not compared" in third.stderr
+
+
+# The page.
+
+
+def finetune(batch: int, regime: str, median: float | None, peak: int) -> results.Record:
+    sizes = {
+        "weights": 100, "optimizer": 10, "gradients": 5, "trainable": 5, "parameters": 50,
+        "kept": 7, "peak": peak, "total": 1,
+    }  # fmt: skip
+    return record(
+        f"base-224px-small-batch{batch}", regime, median, suite="finetune", ours=regime == "peft",
+        items=[batch, "studies"], facts={"batch": batch, "checkpointing": False}, memory=sizes,
+    )  # fmt: skip
+
+
+def scans() -> list[results.Record]:
+    group = "both-8x768x197-float32"
+    return [
+        record(group, "native", 0.01, ours=True, facts={"bytes": 1e8, "exps": 2e7}),
+        record(group, "torch", 0.04, ours=True),
+        record(group, "mamba_ssm reference", 8.0),
+        record(group, "mambapy", 0.9),
+        record(group, "vLLM", None, skipped="needs a CUDA device"),
+    ]
+
+
+def test_claims_are_ratios_of_one_device():
+    found = report.claims(
+        stored(
+            *scans(),
+            finetune(1, "peft", 1.0, peak=90),
+            finetune(1, "full", 1.5, peak=290),
+            finetune(4, "peft", 2.0, peak=90),
+            finetune(4, "full", 5.0, peak=190),
+            finetune(4, "encoder", 1.0, peak=90),
+        )
+    )
+    assert found == [
+        pytest.approx(800), pytest.approx(90), None, pytest.approx(1.5), pytest.approx(0.5),
+        pytest.approx(1.5), pytest.approx(1.0),
+    ]  # fmt: skip
+    on_gpu = report.claims(stored(*scans(), machine=GPU))
+    assert on_gpu == [None] * len(report.CLAIMS)  # they speak of the CPU
+
+
+def test_what_was_not_measured_says_so():
+    page = report.render([stored(*scans())])
+    table = page.split("## What was to be shown")[1].split("##")[0]
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    assert len(lines) == 1 + len(report.CLAIMS)
+    assert "| 800 x | not measured |" in lines[1]
+    assert all(line.endswith("| not measured | not measured |") for line in lines[3:])
+    assert "- vLLM: needs a CUDA device" in page
+    assert "### Writing reports\n\nNot measured." in page
+    assert "Every suite: not measured" in page
+
+
+def test_devices_are_not_mixed():
+    other = scans()
+    for r in other:
+        r["median"] = r["median"] and r["median"] * 1000
+    page = report.render([stored(*scans()), stored(*other, machine=GPU)])
+    first, second = page.split(f"## {GPU['device']}")
+    assert "10 ms" in first and "8e+03 s" not in first
+    assert "10 s" in second.split("## On paper")[0]
+    assert "Every suite: not measured" not in page
+
+
+def test_a_regime_that_does_not_fit_is_in_the_table():
+    table = report.finetune_table(
+        {
+            "base-224px-small-batch1": {
+                "peft": finetune(1, "peft", 1.0, peak=90),
+                "full": finetune(1, "full", None, 0) | {"skipped": "does not fit"},
+            }
+        }
+    )
+    rows = [line.split(" | ") for line in table.splitlines()]
+    assert rows[-1][3:6] == ["full", "", "does not fit"]
+    assert len({len(row) for row in rows if not row[0].startswith("|-")}) == 1
+
+
+def test_fit_finds_the_power():
+    points = [(float(x), 3e-6 * x**1.7) for x in (128, 256, 512, 1024)]
+    assert report.fit(points) == pytest.approx(1.7)
+    assert report.fit(points[:2]) is None
+
+
+def test_fits_are_shown_for_each_contender():
+    def point(x: int, who: str, power: float) -> results.Record:
+        series = {"name": "scan, both", "x": x, "unit": "length"}
+        return record(f"both-{x}", who, 1e-6 * x**power, series=series)
+
+    records = [point(x, w, k) for x in (512, 128, 256) for w, k in (("a", 1.0), ("b", 2.0))]
+    table = report.fit_table({r["group"] + r["contender"]: {r["contender"]: r} for r in records})
+    assert "| scan, both | a | 128 - 512 length | 1.00 |" in table
+    assert "| scan, both | b | 128 - 512 length | 2.00 |" in table
+
+
+def test_page_pictures_and_readme_are_written_and_checked(tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    curve = [
+        record(
+            f"both-1x16x{x}-float32", who, 1e-6 * x, ours=who == "native",
+            series={"name": "scan, both", "x": x, "unit": "length"}, memory={"peak": x},
+        )
+        for x in (16, 32, 64)
+        for who in ("native", "mambapy")
+    ]  # fmt: skip
+    steps = [finetune(1, r, 1.0, 90) for r in ("peft", "full")]
+    results.write(tmp_path / "results" / "cpu.json", stored(*scans(), *curve, *steps))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    options = ["--results", str(tmp_path / "results"), "--root", str(tmp_path)]
+    assert report.main([*options, "--check"]) == 1
+    assert report.main(options) == 0
+    assert report.main([*options, "--check"]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "800 x" in text
+    page = (tmp_path / report.PAGE).read_text()
+    pictures = {p.name for p in (tmp_path / "docs" / "benchmarks").iterdir()}
+    named = {line.split("(benchmarks/")[1][:-1] for line in page.splitlines() if "![" in line}
+    assert pictures == named and len(named) == 2
+    (tmp_path / report.PAGE).write_text(page + "by hand\n")
+    assert report.main([*options, "--check"]) == 1
+    assert "is not what the results say" in capsys.readouterr().out
+    readme.write_text("no markers\n")
+    assert report.main(options) == 0
+    assert readme.read_text() == "no markers\n"
+
+
+def test_a_damaged_results_file_is_one_line(tmp_path, capsys):
+    (tmp_path / "x.json").write_text("{")
+    assert report.main(["--results", str(tmp_path), "--root", str(tmp_path)]) == 2
+    assert "x.json" in capsys.readouterr().err
+
+
+def test_the_committed_page_is_what_the_committed_results_say():
+    files = sorted(results.FOLDER.glob("*.json"))
+    if not files:
+        pytest.skip("no results are kept yet")
+    assert report.main(["--check"]) == 0
+    for file in files:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        assert results.path(kept["machine"]["device"]) == file
+        assert {run["size"] for run in kept["runs"]} <= {"default", "full"}
