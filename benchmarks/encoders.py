@@ -67,7 +67,7 @@ def flipping(mixer: Mixer, contender: str) -> peers.FlippingMixer:
 def _our_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor
 ) -> Tensor:
-    return selective_scan_fn(u, delta, A, B, C, D, z, bias, delta_softplus=True)
+    return cast(Tensor, selective_scan_fn(u, delta, A, B, C, D, z, bias, delta_softplus=True))
 
 
 def build_encoder(contender: str, mode: str, name: str, batch: int, pixels: int) -> Work:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
@@ -117,6 +118,18 @@ def best_time(run: Callable[[], Any]) -> float:
         run()
         times.append(now() - start)
     return min(times)
+
+
+@torch.no_grad()
+def rounded(model: nn.Module) -> nn.Module:
+    """The model itself; on CUDA its weights rounded to what bf16 can hold.
+
+    Whatever is stored in bf16 there then has the same weights as float64's truth.
+    """
+    if device().type == "cuda":
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    return model
 
 
 def now() -> float:

@@ -27,10 +27,10 @@ def load(
     device: str | torch.device = "cpu",
     checkpoint: Literal["best", "last"] = "best",
 ) -> ReportGenerator:
-    """Read a trained model from a run folder.
+    """Read a trained model from a folder.
 
     Args:
-        run: the folder that ``python -m emrrg.train`` left.
+        run: the folder that ``python -m emrrg.train`` left, or ``python -m emrrg.export`` wrote.
         device: ``cpu``, ``cuda``, ...
         checkpoint: ``best`` by the validation score, or ``last``.
     Returns:

@@ -69,9 +69,9 @@ class TrainConfig:
     """Use at most this many validation studies (phantoms: draw this many)."""
     test_studies: int | None = None
     """Use at most this many test studies (phantoms: draw this many)."""
-    source_studies: int = 3000
+    source_studies: int = 10000
     """Phantoms recipe: training studies of the source hospital in stage (a)."""
-    source_epochs: int = 6
+    source_epochs: int = 3
     """Phantoms recipe: epochs of stage (a)."""
     source_lr: float = 2e-3
     """Phantoms recipe: learning rate of stage (a)."""
@@ -81,7 +81,7 @@ class TrainConfig:
     preset: Literal["tiny", "base", "large", "huge"] | None = None
     """Size of the vision Mamba [default: tiny, or what --vision-checkpoint holds]."""
     image_size: int | None = None
-    """Image side in pixels, a multiple of 16 [default: 128 for tiny, else 224]."""
+    """Image side in pixels, a multiple of 16 [default: 80 for tiny, else 224]."""
     drop_path: float | None = None
     """Stochastic depth: the rate at which the encoder's last block drops its branches [default:
     0.1, or that of --init]."""
@@ -161,6 +161,8 @@ class TrainConfig:
     """Learning rate at the end of the cosine."""
     weight_decay: float = 0.01
     """Weight decay of matrices."""
+    beta2: float = 0.95
+    """Decay of AdamW's second moment (torch's own is 0.999)."""
     decay_all: bool = False
     """Decay norms, biases, A_log, D and embeddings too, as the paper's recipe does."""
     schedule: Literal["cosine", "epoch-cosine"] = "cosine"

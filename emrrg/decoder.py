@@ -43,6 +43,7 @@ from emrrg.cache import Cache, additive
 from emrrg.decoder_config import DecoderConfig, Gate, rope_frequencies
 from emrrg.errors import InputError
 from emrrg.int8 import Int8Linear
+from emrrg.lora import AdaptableLinear
 from emrrg.pretrained import WeightFolder, read_folder_config
 
 IGNORED = -100
@@ -504,8 +505,9 @@ class Decoder(nn.Module):
         for layer in self.model.layers:
             for block in (cast(nn.Module, layer.self_attn), cast(nn.Module, layer.mlp)):
                 for name, module in list(block.named_children()):
-                    if type(module) is nn.Linear:
-                        setattr(block, name, Int8Linear.from_linear(module))
+                    bare = isinstance(module, AdaptableLinear) and not module.adapters()
+                    if type(module) is nn.Linear or bare:
+                        setattr(block, name, Int8Linear.from_linear(cast(nn.Linear, module)))
         return self
 
     def _check(

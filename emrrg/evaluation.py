@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from emrrg.config import TrainConfig
-from emrrg.data.dataset import Studies, batches, even_batches
+from emrrg.data.dataset import Studies, batches, even_batches, readers_may_die
 from emrrg.data.images import normalize
 from emrrg.data.loading import data_workers
 from emrrg.distributed import World, in_step
@@ -109,7 +109,7 @@ def write_reports(
     workers, skip = data_workers(config, device), config.bad_images == "skip"
     hidden = not sys.stderr.isatty() or not world.is_main
     bar = tqdm(total=len(mine), desc=label, leave=False, disable=hidden)
-    with bar, in_step(model.llama_model, world, device):
+    with bar, readers_may_die(), in_step(model.llama_model, world, device):
         for batch in batches(studies, plan, workers=workers, skip_bad=skip):
             if stopped():
                 break

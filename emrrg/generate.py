@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -32,6 +32,8 @@ from emrrg.system import pick_device
 log = logging.getLogger("emrrg.generate")
 
 NOTICE = "Generated text, for research only: not a diagnosis."
+TORN = b'{"id": '
+"""How a line of the output begins, also one that a kill left half written."""
 
 
 @dataclass(frozen=True)
@@ -129,15 +131,17 @@ def write_list(model: ReportGenerator, asked: GenerateConfig) -> None:
     assert asked.list is not None and asked.output is not None
     table, output = Path(asked.list), Path(asked.output)
     folder = Path(asked.images) if asked.images is not None else table.parent
-    records = []
+    records, failed = [], 0
     for study in studies(table, texts=False):
         if isinstance(study, Dropped) or not study.views:
             reason = study.reason if isinstance(study, Dropped) else "no image"
             log.info("left out: %s: %s: %s", table, study.id, reason)
+            failed += 1
             continue
         paths = tuple(folder / view.path for view in study.views)
         records.append(Record(study.id, "", paths, "test"))
-    kept = [row for row in read_rows(output) if "report" in row]
+    kept = written_before(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
     write_rows(output, kept)  # without a torn last line, and what could not be read is tried again
     done = {row["id"] for row in kept}
     todo = [record for record in records if record.id not in done]
@@ -150,13 +154,13 @@ def write_list(model: ReportGenerator, asked: GenerateConfig) -> None:
         workers=asked.workers,
         skip_bad=True,
     )
-    failed = 0
+    unread = 0
     bar = tqdm(total=len(todo), unit="study", disable=not sys.stderr.isatty())
     with bar:
         for part, batch in zip(plan, reader, strict=True):
             broken = [i for i in part if i not in batch.indices]
             for index, line in zip(broken, batch.failures, strict=True):
-                failed += 1
+                unread += 1
                 tqdm.write(f"left out: {todo[index].id}: {line}", file=sys.stderr)
                 append_row(output, {"id": todo[index].id, "error": line})
             if batch.ids:
@@ -167,8 +171,28 @@ def write_list(model: ReportGenerator, asked: GenerateConfig) -> None:
                 for name, report in zip(batch.ids, reports, strict=True):
                     append_row(output, {"id": name, "report": report})
             bar.update(len(part))
-    log.info("%s: %d reports, %d studies left out", output, len(records) - failed, failed)
+    count = len(records) - unread
+    log.info("%s: %d reports, %d studies left out", output, count, failed + unread)
     log.info("%s", NOTICE)
+
+
+def written_before(output: Path) -> list[dict[str, Any]]:
+    """The reports that an earlier call has written.
+
+    Raises:
+        InputError: the file is another one, which must not be overwritten.
+    """
+    if not output.exists():
+        return []
+    rows = read_rows(output)
+    whole, _, last = output.read_bytes().rpartition(b"\n")
+    complete = len(whole.splitlines())
+    ours = all(isinstance(row, dict) and {"report", "error"} & set(row) for row in rows)
+    if not ours or len(rows) < complete or not last.startswith(TORN[: len(last)]):
+        raise InputError(
+            f"--output: {output} exists, and is not what --list writes; choose another name"
+        )
+    return [row for row in rows if "report" in row]
 
 
 if __name__ == "__main__":

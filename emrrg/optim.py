@@ -19,7 +19,7 @@ def build_optimizer(config: TrainConfig, parameters: Mapping[str, Tensor]) -> to
     """AdamW; what `decays` refuses decays only under ``--decay-all``, as the paper has it.
 
     Args:
-        config: ``lr``, ``weight_decay``, ``decay_all``.
+        config: ``lr``, ``beta2``, ``weight_decay``, ``decay_all``.
         parameters: what trains, by name.
     """
     groups: dict[float, list[Tensor]] = {}
@@ -32,7 +32,7 @@ def build_optimizer(config: TrainConfig, parameters: Mapping[str, Tensor]) -> to
             for factor, members in groups.items()
         ],
         lr=config.lr,
-        betas=(0.9, 0.999),
+        betas=(0.9, config.beta2),
         fused=True,
     )
 

@@ -12,7 +12,10 @@ from emrrg.errors import InputError
 # The paper's recipe (its release, per data set), and the small one that needs no data at all.
 # The values are flags of `emrrg.train`; a flag given by the user wins over them.
 RECIPES: dict[str, dict[str, Any]] = {
-    "phantoms": {},
+    "phantoms": {
+        "train_studies": 3000, "val_studies": 48, "epochs": 4, "lr": 2e-3, "decoder_layers": 2,
+        "hybrid_every": 1,
+    },
     "iu_xray": {
         "batch_size": 4, "epochs": 21, "max_report_tokens": 60,
         "beams": 5, "min_new_tokens": 40, "max_new_tokens": 100,
@@ -29,6 +32,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 _PAPER = {
     "lr": 1e-4, "min_lr": 1e-6, "weight_decay": 0.01, "decay_all": True, "schedule": "epoch-cosine",
     "warmup_steps": 0, "grad_clip": 0.0, "seed": 42, "bucket": False,
+    "beta2": 0.999,
     "repetition_penalty": 2.0, "length_penalty": 2.0,
 }  # fmt: skip
 for _name in ("iu_xray", "mimic_cxr", "chexpert_plus"):

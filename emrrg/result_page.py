@@ -85,8 +85,9 @@ class Piece:
     """``agree``, ``alone``, ``against``, ``denied`` (findings), ``comparison``, or nothing."""
     note: str = ""
     """What the mark means, in words."""
-    differs: bool = False
-    """Whether its words are not in the other text's sentence."""
+    beside: str = ""
+    """``differs``: words that the nearest sentence of the other text has not; ``new``: no sentence
+    of it is like this one; else nothing."""
 
 
 @dataclass(frozen=True)
@@ -250,14 +251,16 @@ def choose_cases(values: Mapping[str, Sequence[float]], count: int) -> dict[int,
     order = sorted(range(len(f1)), key=lambda i: (f1[i], rouge[i], -i))
     count = min(count, len(order))
     third = max(1, count // 3)
-    kinds: dict[int, list[str]] = {i: [] for i in order} if count == len(order) else {}
-    # One study alone is the best; the worst need two, a draw three.
-    chosen = {"best": order[::-1][:third], "worst": order[:third] if count > 1 else []}
-    draw = random.Random(0).sample(range(len(order)), max(0, count - 2 * third))
-    for kind, places in {**chosen, "random": draw}.items():
-        for i in places:
+    kinds: dict[int, list[str]] = {}
+    for kind, places in (("best", order[::-1]), ("worst", order if count > 1 else [])):
+        for i in places[:third]:
             kinds.setdefault(i, []).append(kind)
-    return kinds
+    everything = count == len(order)
+    for i in random.Random(0).sample(range(len(order)), third if everything else len(order)):
+        if len(kinds) == count and not everything:
+            break
+        kinds.setdefault(i, []).append("random")
+    return kinds if not everything else {i: kinds.get(i, []) for i in order}
 
 
 def mark_report(
@@ -296,14 +299,14 @@ def mark_report(
         )
         marked = [(kind, note)] * (mention.end - mention.start)
         kinds[mention.start : mention.end] = marked
-    differs = _differences(line, tidy(other))
+    beside = _compare_words(line, tidy(other))
     stretches: list[Stretch] = []
     done = 0
 
     def add(end: int, picture: str | None) -> None:
         nonlocal done
         if end > done:
-            stretches.append(Stretch(tuple(_pieces(line, kinds, differs, done, end)), picture))
+            stretches.append(Stretch(tuple(_pieces(line, kinds, beside, done, end)), picture))
             done = end
 
     for sentence, picture in maps:
@@ -321,36 +324,35 @@ _EDGES = re.compile(r"^\W+|\W+$")
 
 
 def _pieces(
-    line: str, kinds: Sequence[tuple[str, str]], differs: Sequence[bool], start: int, end: int
+    line: str, kinds: Sequence[tuple[str, str]], beside: Sequence[str], start: int, end: int
 ) -> list[Piece]:
-    groups = itertools.groupby(range(start, end), key=lambda i: (*kinds[i], differs[i]))
+    groups = itertools.groupby(range(start, end), key=lambda i: (*kinds[i], beside[i]))
     return [
-        Piece("".join(line[i] for i in places), kind, note, different)
-        for (kind, note, different), places in groups
+        Piece("".join(line[i] for i in places), kind, note, state)
+        for (kind, note, state), places in groups
     ]
 
 
-def _differences(line: str, other: str) -> list[bool]:
-    """For each character whether it belongs to a word that the nearest sentence of the other text
-    does not have at that place."""
+def _compare_words(line: str, other: str) -> list[str]:
+    """What `Piece.beside` says, for each character of a line."""
     theirs = [[word for word, _, _ in _words(s, 0)] for _, s in sentences(other)]
-    differs = [False] * len(line)
+    beside = [""] * len(line)
     for start, sentence in sentences(line):
         words = _words(sentence, start)
         own = [word for word, _, _ in words]
         best, shared = ALIKE, set[int]()
         for candidate in theirs:
             matcher = difflib.SequenceMatcher(None, own, candidate, autojunk=False)
-            if matcher.quick_ratio() > best and (ratio := matcher.ratio()) > best:
+            if (ratio := matcher.ratio()) > best:
                 best = ratio
                 shared = {i for a, _, n in matcher.get_matching_blocks() for i in range(a, a + n)}
+        state = "differs" if shared else "new"
         for k, (_, first, last) in enumerate(words):
             if k not in shared:
-                # The blank between two such words is marked with them.
-                joined = k > 0 and k - 1 not in shared
-                first = words[k - 1][2] if joined else first
-                differs[first:last] = [True] * (last - first)
-    return differs
+                if k > 0 and k - 1 not in shared:  # with the blank between two such words
+                    first = words[k - 1][2]
+                beside[first:last] = [state] * (last - first)
+    return beside
 
 
 def _words(sentence: str, start: int) -> list[tuple[str, int, int]]:

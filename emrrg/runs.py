@@ -95,7 +95,7 @@ def save_base(run: Path, model: ReportGenerator, trained: Iterable[str]) -> None
     frozen = {
         name: tensor
         for name, tensor in state_of(model).items()
-        if name not in trained and not _stays_in_llm_folder(model, name)
+        if name not in trained and not stays_in_llm_folder(model, name)
     }
     config = dataclasses.replace(model.config, decoder=model.llama_model.config.to_dict())
     with writing(base):
@@ -386,7 +386,7 @@ def load_state(
             )
     where = next(iter(sources.values()), "the run folder")
     for name in state:
-        if name not in tensors and not _stays_in_llm_folder(model, name):
+        if name not in tensors and not stays_in_llm_folder(model, name):
             raise InputError(f"{where}: tensor {name} of the model is missing")
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -418,7 +418,7 @@ def state_of(model: ReportGenerator) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **buffers}
 
 
-def _stays_in_llm_folder(model: ReportGenerator, name: str) -> bool:
+def stays_in_llm_folder(model: ReportGenerator, name: str) -> bool:
     """Whether a frozen tensor is read from the --llm folder rather than from the run."""
     if model.config.llm is None or not name.startswith("llama_model."):
         return False

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from emrrg.config import TrainConfig, flag, parse_config, run_command, to_dict
-from emrrg.data.dataset import batches, epoch_steps
+from emrrg.data.dataset import batches, epoch_steps, readers_may_die
 from emrrg.data.images import normalize
 from emrrg.distributed import World, in_step, joined, local_device, said_once
 from emrrg.engine import (
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         world.wait()
         if not (run / "config.json").exists():
             raise InputError(f"--output: {run} must be a folder that all machines share")
-        with stop_on_signals(world) as stopped:
+        with stop_on_signals(world) as stopped, readers_may_die():
             train_all = train_phantoms if config.recipe == "phantoms" and not config.init else train
             try:
                 finished = train_all(config, run, device, world, stopped)

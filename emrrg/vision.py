@@ -40,7 +40,7 @@ from kernels.reference import visiting_orders
 
 # Arguments of `VisionMamba` by name of the size; the three large ones are released.
 VISION_PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"image_size": 128, "dim": 128, "depth": 4},
+    "tiny": {"image_size": 80, "dim": 128, "depth": 4},
     "base": {"image_size": 224, "dim": 768, "depth": 12},
     "large": {"image_size": 224, "dim": 1024, "depth": 24},
     "huge": {"image_size": 224, "dim": 1536, "depth": 24},

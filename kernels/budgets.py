@@ -331,7 +331,7 @@ def _amd_figures(text: str, target: str, shared: int) -> Figures:
     return Figures(
         target,
         registers=note("vgpr_count"),
-        spills=4 * (note("vgpr_spill_count") + note("sgpr_spill_count")),
+        spills=note("private_segment_fixed_size"),
         shared=shared,
         instructions=len(code),
         loops=_loops(code),

@@ -325,7 +325,7 @@ def _cross_scan_bwd_kernel(
     dz_ptr,  # (B, L, D) contiguous
     dbias_ptr,  # (B, K, D), parts
     p_ptr, y_ptr,  # (B, L, D), workspaces; with PARALLEL (K, B, L, D)
-    kept_ptr,  # (B, blocks, chunks, BLOCK_N, BLOCK_D), workspace: states; with PARALLEL (K, B, ...)
+    kept_ptr,  # (B, blocks, chunks, BLOCK_N, BLOCK_D), workspace; with PARALLEL (K, B, ...)
     batch, L, D,
     stride_gb, stride_gl, stride_gd,
     stride_uk, stride_ub, stride_ul, stride_ud,
@@ -525,12 +525,21 @@ def _blocks(state: int, dim: int, values: int) -> dict[str, Any]:
 
 
 def _parallel(count: int, programs: int) -> bool:
-    """Whether the orders run side by side and are summed by a second launch.
+    """Whether the orders run side by side, with a second launch that sums and gates.
 
     Few programs leave most of a GPU idle, and each would wait for K times as many steps. On AMD the
     kernel that does all in one launch has more scalars than fit the scalar registers.
     """
     return bool(torch.version.hip) or (count > 1 and programs < MANY_PROGRAMS)
+
+
+def _registers(count: int) -> dict[str, int]:
+    """How many registers a thread may take, as an option of a launch.
+
+    By itself the compiler takes 80 for the forward, and then waits for each load; 168 leave three
+    warps on a scheduler. AMD's compiler has no such option.
+    """
+    return {} if torch.version.hip else {"maxnreg": count}
 
 
 def _launch_fwd(
@@ -559,10 +568,10 @@ def _launch_fwd(
         total = _workspace(u, *((count,) if parallel else ()), *z.shape)
     B, C = _rows(B), _rows(C)
     _cross_scan_fwd_kernel[(batch * count if parallel else batch, blocks)](
-        u, delta, _tiles(A, sizes["BLOCK_N"], sizes["BLOCK_D"]), B, C, D.contiguous(), z, delta_bias.contiguous(),
-        orders.contiguous(), total, out, batch, length, dim,
+        u, delta, _tiles(A, sizes["BLOCK_N"], sizes["BLOCK_D"]), B, C, D.contiguous(), z,
+        delta_bias.contiguous(), orders.contiguous(), total, out, batch, length, dim,
         *u.stride(), *delta.stride(), *B.stride()[:3], *C.stride()[:3], *z.stride(),
-        K=count, N=state, PARALLEL=parallel, NVIDIA=nvidia(), **sizes,
+        K=count, N=state, PARALLEL=parallel, NVIDIA=nvidia(), **sizes, **_registers(168),
     )  # fmt: skip
     if parallel:
         _launch_gate(total, z, None, out)
@@ -575,7 +584,8 @@ def _launch_gate(total: Tensor, z: Tensor, dout: Tensor | None, out: Tensor) -> 
     grid = (batch * triton.cdiv(length, block_l) * triton.cdiv(dim, block_d),)
     strides = (0, 0, 0) if dout is None else dout.stride()
     _cross_scan_gate_kernel[grid](
-        total, z, dout, out, length, dim, total.stride(0), *z.stride(), *strides,
+        total, z, z if dout is None else dout, out,
+        length, dim, total.stride(0), *z.stride(), *strides,
         K=count, BLOCK_L=block_l, BLOCK_D=block_d, SLOPE=dout is not None, NVIDIA=nvidia(),
         num_warps=4,
     )  # fmt: skip
@@ -604,7 +614,9 @@ def _launch_bwd(
     # for four programs on a scheduler.
     sizes = _blocks(state, dim, 32)
     blocks = triton.cdiv(dim, sizes["BLOCK_D"])
-    parallel = _parallel(count, batch * blocks)
+    # A's gradient has two more tiles in registers, which leave no room for what one launch needs.
+    parallel = needs[2] or _parallel(count, batch * blocks)
+    registers = _registers(168 if parallel and not needs[2] else 255)
     parts = (count,) if parallel else ()
     du, ddelta, dz = (
         t.new_empty(t.shape) if needs[i] else None for i, t in ((0, u), (1, delta), (6, z))
@@ -626,14 +638,16 @@ def _launch_bwd(
     )
     B, C = _rows(B), _rows(C)
     _cross_scan_bwd_kernel[(batch * count if parallel else batch, blocks)](
-        dout, u, delta, _tiles(A, sizes["BLOCK_N"], sizes["BLOCK_D"]), B, C, D.contiguous(), z, delta_bias.contiguous(),
-        orders.contiguous(), du, ddelta, dA, dB, dC, dD, dz, dbias, p, y, kept,
+        dout, u, delta, _tiles(A, *tile), B, C, D.contiguous(), z,
+        delta_bias.contiguous(), orders.contiguous(),
+        *(u if t is None else t for t in (du, ddelta, dA, dB, dC, dD, dz, dbias, p, y, kept)),
         batch, length, dim, *dout.stride(),
         *u.stride(), *delta.stride(), *B.stride()[:3], *C.stride()[:3], *z.stride(),
         K=count, N=state, STEPS=STEPS, LANES=sizes["BLOCK_D"] // sizes["CHANNELS"],
         SCATTER=hasattr(tl, "gather") and state <= 32,
         PARALLEL=parallel, NVIDIA=nvidia(),
-        **{f"NEED_{name}": need for name, need in zip(_NEEDS, needs, strict=True)}, **sizes,
+        **{f"NEED_{name}": need for name, need in zip(_NEEDS, needs, strict=True)},
+        **sizes, **registers,
     )  # fmt: skip
     if parallel and y is not None and dz is not None:
         _launch_gate(y, z, dout, dz)
@@ -657,7 +671,7 @@ def _tiles(A: Tensor, block_n: int, block_d: int) -> Tensor:
     if state < block_n or dim % block_d:
         A = F.pad(A, (0, block_n - state, 0, blocks * block_d - dim))
     out = _workspace(A, count, blocks, block_n, block_d)
-    tiles = A.float().view(count, blocks, block_d, block_n).mT
+    tiles = A.float().reshape(count, blocks, block_d, block_n).mT
     return torch.mul(tiles, 1 / math.log(2), out=out)
 
 
@@ -796,7 +810,8 @@ def _check(u: Tensor, delta: Tensor, A: Tensor, *others: Tensor) -> None:
     }
     for (name, shape), tensor in zip(expected.items(), (u, delta, A, *others), strict=True):
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"cross_scan: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+            got = tuple(tensor.shape)
+            raise ValueError(f"cross_scan: {name} has shape {got}, expected {shape}")
         if tensor.device != u.device:
             raise ValueError(f"cross_scan: {name} is on {tensor.device}, u on {u.device}")
         if name == "orders" and tensor.dtype != torch.int64:

@@ -85,12 +85,13 @@ def _down_kernel(
 ):
     """h[m, j] = scale * keep[m, j] * sum over k of x[m, k] w[j, k]; h is contiguous (M, R)."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    ranks = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     k = tl.arange(0, BLOCK_K).to(tl.int64)
     step = tl.full((), BLOCK_K, tl.int64)
     x_at = _token_offsets(tl.minimum(rows, M - 1), L, stride_xb, stride_xl, ONE_STRIDE)
     x_ptrs = x_ptr + x_at[:, None] + k[None, :] * stride_xk
-    w_ptrs = w_ptr + (ranks % R)[None, :] * stride_wr + k[:, None] * stride_wk
+    w_at = (ranks % R).to(tl.int64) * stride_wr
+    w_ptrs = w_ptr + w_at[None, :] + k[:, None] * stride_wk
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for done in range(0, K, BLOCK_K):
         if EVEN_K:
@@ -102,7 +103,7 @@ def _down_kernel(
         acc = _dot(x, w, acc, INTERPRET, PRECISION)
         x_ptrs += step * stride_xk
         w_ptrs += step * stride_wk
-    places = rows[:, None] * R + ranks[None, :]
+    places = rows[:, None] * R + ranks[None, :]  # int64, as rows are
     acc = acc * scale
     if seed_ptr is not None:
         kept = tl.rand(tl.load(seed_ptr), places) >= rate
@@ -222,20 +223,21 @@ def _outer_kernel(
     """part[c, p, j] = sum of x[m, p] h[m, j] over the tokens m of chunk c; h contiguous (M, R)."""
     begin = tl.program_id(1).to(tl.int64) * chunk
     end = tl.minimum(begin + chunk, M)
-    columns = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    ranks = tl.program_id(2).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column_at = (columns % P).to(tl.int64) * stride_xp
     m = tl.arange(0, BLOCK_M).to(tl.int64)
     acc = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
     for done in range(begin, end, BLOCK_M):
         rows = done + m
         x_at = _token_offsets(rows, L, stride_xb, stride_xl, ONE_STRIDE)
-        x_ptrs = x_ptr + x_at[None, :] + (columns % P)[:, None] * stride_xp
+        x_ptrs = x_ptr + x_at[None, :] + column_at[:, None]
         x = tl.load(x_ptrs, mask=rows[None, :] < end, other=0.0)
         h_ptrs = h_ptr + rows[:, None] * R + ranks[None, :]
         h = tl.load(h_ptrs, mask=(rows[:, None] < end) & (ranks[None, :] < R), other=0.0)
         acc = _dot(x, h, acc, INTERPRET, PRECISION)
     part_ptrs = part_ptr + tl.program_id(1).to(tl.int64) * stride_pc
-    part_ptrs += columns[:, None] * stride_pp + ranks[None, :] * stride_pr
+    part_ptrs += columns.to(tl.int64)[:, None] * stride_pp + ranks[None, :] * stride_pr
     tl.store(part_ptrs, acc, mask=(columns[:, None] < P) & (ranks[None, :] < R))
 
 
@@ -285,7 +287,7 @@ def _tiles(x: Tensor, rows: int, outputs: int, tf32: bool) -> dict[str, int]:
         "BLOCK_M": block,
         "BLOCK_O": block,
         "BLOCK_K": 128 // x.element_size(),
-        "num_warps": 4,
+        "num_warps": block // 16,
         "num_stages": stages,
     }
 

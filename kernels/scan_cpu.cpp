@@ -16,6 +16,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -397,7 +398,10 @@ bool run(int64_t count, int64_t threads, const Task& task) {
     for (int64_t i = next++; i < count; i = next++) guarded(i);
   };
   std::vector<std::thread> others;
-  for (int64_t i = 1; i < threads; ++i) others.emplace_back(work);
+  try {
+    for (int64_t i = 1; i < threads; ++i) others.emplace_back(work);
+  } catch (const std::system_error&) {  // no more threads: those there are do it
+  }
   work();
   for (auto& thread : others) thread.join();
 #endif
@@ -1005,6 +1009,10 @@ void conv_backward_tile(const Conv& p, int64_t b, int64_t channel, int width, st
   if (p.dx.data) store_tile(dx, p.dx, 0, b, channel, {0, nullptr}, int(p.length), width);
 }
 
+bool within(const int64_t* orders, int64_t count, int64_t length) {
+  return std::all_of(orders, orders + count * length, [=](int64_t t) { return t >= 0 && t < length; });
+}
+
 template <class Function>
 int guarded(const Function& function) {
   try {
@@ -1016,11 +1024,12 @@ int guarded(const Function& function) {
 
 }  // namespace
 
-// Each returns 0, or 1 where memory ran out.
+// Each returns 0, 1 where memory ran out, or 2 where an order names a token that does not exist.
 extern "C" {
 
 int emrrg_scan_forward(const Scan* scan) {
   const Scan& p = *scan;
+  if (p.cross() && !within(p.orders, p.orders_count, p.length)) return 2;
   const int64_t tiles = (p.group_dim() + TILE - 1) / TILE;
   return guarded([&] {
     return run(p.batch * p.groups * tiles, p.threads, [&](int64_t task) {
@@ -1033,6 +1042,7 @@ int emrrg_scan_forward(const Scan* scan) {
 
 int emrrg_scan_backward(const Scan* scan) {
   const Scan& p = *scan;
+  if (p.cross() && !within(p.orders, p.orders_count, p.length)) return 2;
   const int64_t rows = padded(int(p.state)), all = p.cross() ? p.orders_count : p.groups;
   // Channels of a slab add up dB and dC in place; slabs are many enough for any number of cores, and
   // so wide that their sums need less memory than the inputs.
@@ -1076,6 +1086,7 @@ int emrrg_scan_backward(const Scan* scan) {
 
 int emrrg_conv_forward(const Conv* conv) {
   const Conv& p = *conv;
+  if (!within(p.orders, p.orders_count, p.length)) return 2;
   const int64_t tiles = (p.dim + TILE - 1) / TILE;
   return guarded([&] {
     return run(p.batch * tiles, p.threads, [&](int64_t task) {
@@ -1087,6 +1098,7 @@ int emrrg_conv_forward(const Conv* conv) {
 
 int emrrg_conv_backward(const Conv* conv) {
   const Conv& p = *conv;
+  if (!within(p.orders, p.orders_count, p.length)) return 2;
   const int64_t tiles = (p.dim + TILE - 1) / TILE;
   return guarded([&] {
     std::vector<float> dweight, dbias;

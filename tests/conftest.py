@@ -71,6 +71,52 @@ def annotated(tmp_path: Path) -> Callable[[], Path]:
     return write
 
 
+@pytest.fixture
+def llama_folder() -> Callable[[Path], Path]:
+    """Write a small Llama as Hugging Face stores it, with a tokenizer."""
+
+    def write(folder: Path) -> Path:
+        from safetensors.torch import save_file
+
+        from emrrg.config import PROMPT
+        from emrrg.decoder import Decoder, DecoderConfig
+        from emrrg.tokenizer import train_tokenizer
+
+        torch.manual_seed(3)
+        folder.mkdir()
+        texts = ["the heart is enlarged .", "no pneumothorax .", *PROMPT] * 4
+        tokenizer = train_tokenizer(texts, 200, folder / "tokenizer.model")
+        sizes: dict[str, Any] = {
+            "vocab_size": tokenizer.vocab_size, "hidden_size": 32, "intermediate_size": 64,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": 512, "tie_word_embeddings": False,
+        }  # fmt: skip
+        decoder = Decoder(DecoderConfig(**sizes))
+        (folder / "config.json").write_text(
+            json.dumps({"model_type": "llama", "rms_norm_eps": 1e-5, **sizes})
+        )
+        tensors = {n: p.detach().contiguous() for n, p in decoder.named_parameters()}
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def encoder_file() -> Callable[[Path], Path]:
+    """Write a small encoder as a released file of the contrastive stage."""
+
+    def write(path: Path) -> Path:
+        from emrrg.vision import VisionMamba
+
+        torch.manual_seed(4)
+        state = VisionMamba(image_size=32, dim=32, depth=2).state_dict()
+        torch.save({"model": {f"visual_encoder.{n}": t for n, t in state.items()}}, path)
+        return path
+
+    return write
+
+
 # METEOR's Java process and the resampling take longer than such a training.
 _QUICK = """
 import emrrg.evaluation, emrrg.train

@@ -125,7 +125,7 @@ def test_the_command_writes_what_it_prints(
     lora = 4 * 2 * 256 + 3 * 2 * ((32 + 32) + (32 + 16))
     assert report["shares"]["numerators"]["adapters"] == lora
     text = (tmp_path / "a.md").read_text()
-    assert text.startswith("# tiny at 128 x 128 pixels") and "| adapters |" in text
+    assert text.startswith("# tiny at 80 x 80 pixels") and "| adapters |" in text
     for word in ("Share that trains", "2.322 %", "visual_encoder.layers.*.mixer.in_proj.lora_X.A"):
         assert word in shown and word in text
 

@@ -441,8 +441,8 @@ def test_the_loss_is_of_what_could_be_read(annotated: Callable[[], Path], tmp_pa
     path = annotated()
     config = TrainConfig(
         dataset="custom", annotation=str(path), images=str(path.parent), image_size=32,
-        decoder_dim=32, decoder_layers=1, vocab_size=100, batch_size=2, drop_path=0.0, preset="tiny",
-        bad_images="skip", regime="full", bucket=False,
+        decoder_dim=32, decoder_layers=1, vocab_size=100, batch_size=2, drop_path=0.0,
+        preset="tiny", bad_images="skip", regime="full", bucket=False,
     )  # fmt: skip
 
     def losses(studies: list[int], name: str) -> tuple[float, dict[str, Tensor]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import emrrg
@@ -24,18 +24,15 @@ from emrrg import convert
 from emrrg import train as command
 from emrrg.config import TrainConfig, parse_config, run_command
 from emrrg.data.loading import load_studies
-from emrrg.decoder import Decoder, DecoderConfig
 from emrrg.evaluation import selection_score, write_reports
 from emrrg.jsonl import read_rows
 from emrrg.optim import build_optimizer, learning_rate
 from emrrg.recipes import suggest
 from emrrg.runs import load_run, read_index, read_json, read_run_config, state_of
-from emrrg.tokenizer import train_tokenizer
-from emrrg.vision import VisionMamba
 
 Train = Callable[..., int]
+Folder = Callable[[Path], Path]
 SAMPLE = Path(__file__).parents[1] / "../shared/data/xray-sample"
-TINY_LLAMA = Path(__file__).parents[1] / "../shared/data/tiny-llama"
 # LoRA with dropout, and drop path (0.1 by default) in an encoder that trains.
 ADAPT = shlex.split("--regime peft --lora-targets X,Z,llm --lora-dropout 0.3 --peft bias --seed 7")
 
@@ -365,47 +362,14 @@ def test_a_run_on_a_run_on_a_run(
     assert not any(n.startswith("visual_encoder.") for n in weights(blind))
 
 
-def llama_folder(folder: Path, **changes: Any) -> Path:
-    """A small Llama as Hugging Face stores it, with a tokenizer."""
-    torch.manual_seed(3)
-    folder.mkdir()
-    texts = [
-        "the heart is enlarged .",
-        "no pneumothorax .",
-        "Human: <Img>",
-        "</Img> Generate a "
-        "comprehensive and detailed diagnosis report for this chest xray image. \nAssistant:",
-    ]
-    tokenizer = train_tokenizer(texts * 4, 200, folder / "tokenizer.model")
-    sizes = {
-        "vocab_size": tokenizer.vocab_size, "hidden_size": 32, "intermediate_size": 64,
-        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "max_position_embeddings": 512, "tie_word_embeddings": False, **changes,
-    }  # fmt: skip
-    decoder = Decoder(DecoderConfig(**sizes))
-    values = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
-              "rms_norm_eps": 1e-5, **sizes}  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(values))
-    save_file({n: p.detach().contiguous() for n, p in decoder.named_parameters()},
-              folder / "model.safetensors")  # fmt: skip
-    return folder
-
-
-def encoder_file(path: Path) -> dict[str, Tensor]:
-    """A released file of the contrastive stage, of a small encoder; its tensors."""
-    torch.manual_seed(4)
-    state = VisionMamba(image_size=32, dim=32, depth=2).state_dict()
-    torch.save({"model": {f"visual_encoder.{n}": t for n, t in state.items()}}, path)
-    return state
-
-
 @pytest.mark.parametrize("form", ["pth", "folder"])
 @pytest.mark.parametrize("int8", [False, True], ids=["fp32", "int8"])
 def test_released_weights(
     train: Train, brief: list[str], tmp_path: Path, form: str, int8: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, llama_folder: Folder, encoder_file: Folder,
 ) -> None:  # fmt: skip
-    state = encoder_file(tmp_path / "encoder.pth")
+    encoder_file(tmp_path / "encoder.pth")
+    state = torch.load(tmp_path / "encoder.pth", weights_only=True)["model"]
     vision = tmp_path / "encoder.pth"
     if form == "folder":
         convert.main([str(vision), str(tmp_path / "converted")])
@@ -423,7 +387,7 @@ def test_released_weights(
     assert_same_run(whole, run)
     base = load_file(run / "base" / "weights.safetensors")
     assert not any(name.startswith("llama_model.") for name in base)  # it stays in its folder
-    assert_same_bits({n.removeprefix("visual_encoder."): t for n, t in base.items()}, state)
+    assert_same_bits(base, state)
     model = emrrg.load(run)
     assert model.llama_model.config.hybrid_layers == (0, 2)
     kind = model.llama_model.model.layers[0].mlp.up_proj.weight.dtype
@@ -440,7 +404,7 @@ def test_released_weights(
 
 
 def test_a_language_model_trained_whole_is_saved_whole(
-    train: Train, brief: list[str], tmp_path: Path
+    train: Train, brief: list[str], tmp_path: Path, llama_folder: Folder, encoder_file: Folder
 ) -> None:
     encoder_file(tmp_path / "encoder.pth")
     llm = llama_folder(tmp_path / "llama")

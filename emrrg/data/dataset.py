@@ -14,6 +14,7 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -306,11 +307,22 @@ def batches(
         # Where there is none, a loader draws its seed from torch's own stream, once an epoch.
         generator=torch.Generator(),
     )
-    try:
+    with readers_may_die():
         for batch in loader:
             if batch.failures and not skip_bad:
                 raise InputError(batch.failures[0])
             yield batch
+
+
+@contextmanager
+def readers_may_die() -> Iterator[None]:
+    """Say in one line that a reading process died: torch tells it wherever the program just is.
+
+    Raises:
+        InputError: one did.
+    """
+    try:
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

@@ -74,6 +74,7 @@
     if (!study) return;
     show(study);
     history.replaceState(null, "", `#${study.article.id}`);
+    if (study.article.getBoundingClientRect().top < 0) study.article.scrollIntoView();
   }
 
   const step = (by) => go(shown[shown.indexOf(current) + by]);

@@ -1,0 +1,778 @@
+"""The scans and the convolution of `kernels.scan_cpu` in plain torch, for any CPU and fp64.
+
+States are laid out (groups, samples, steps, N, channels of a group), a chunk of S steps at a time:
+one `exp` for a whole chunk, one `addcmul_` for each step, matrix products for sums over N or D.
+Operations on a chunk and on one of its steps share their work among threads in the same way, so a
+core finds in its own cache what it wrote before. What has no states is computed for blocks of many
+chunks. The backward first computes the states before each chunk, then one chunk after the other
+again, from the last. Memory is O(B L (D + N) + B D N), never (B, L, D, N).
+
+A cross scan is a scan of K groups of channels, each with its own order of the tokens.
+
+    d_t = softplus(delta_t + delta_bias);  a_t = exp(d_t A);  h_t = a_t h_{t-1} + d_t u_t B_t
+    y_t = <C_t, h_t> + D u_t
+    backward, from the last step: g_t = dy_t C_t + a_{t+1} g_{t+1};  q_t = g_t a_t h_{t-1}
+    dC_t = sum_d dy_t h_t;  dB_t = sum_d d_t u_t g_t;  dA = sum_t d_t q_t;  du_t = d_t <B_t, g_t>
+    dd_t = <A, q_t> + u_t <B_t, g_t>
+
+(Mamba, arXiv 2312.00752, equations 2 to 4 with the discretisation of its code.)
+
+Gradients are the same from run to run; the size of a chunk, and with it the order of some sums,
+depends on the number of threads. Arguments and results of the functions are those of
+`kernels.scan_cpu`; inputs are not differentiated by autograd.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from kernels.reference import RESET, SKIP
+
+CHUNK = 1 << 17  # elements of a chunk of states for each thread: they stay in its cache
+BLOCK = 1 << 18  # elements without states that are computed at once
+MIN_STEPS = 4  # of a chunk, however large a step is: the loop's overhead, and the states kept
+
+
+def scan_forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    flags: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output and the last state."""
+    scan = _scan(u, delta, A, B, C, D, delta_bias, initial_state, flags, delta_softplus, reverse)
+    groups = scan.A.shape[0]
+    out, memory = torch.empty(u.shape, dtype=u.dtype), _Memory()
+    last = torch.empty(u.shape[0], *A.shape, dtype=scan.A.dtype)
+    out_steps, z_steps = _steps(out, groups), None if z is None else _steps(z, groups)
+    for part in scan.parts():
+        state = part.of(_state(last, groups))
+        for block, y in _outputs(part.of_scan(scan), state, memory):
+            if z_steps is not None:
+                y *= F.silu(block.cut(part.of(z_steps)))
+            block.join(block.mask(y), part.of(out_steps))
+    return out, last
+
+
+def scan_backward(
+    dout: Tensor | None,
+    dlast: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    flags: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The nine gradients."""
+    scan = _scan(u, delta, A, B, C, D, delta_bias, initial_state, flags, delta_softplus, reverse)
+    groups = scan.A.shape[0]
+    du, ddelta, dz = (
+        torch.empty(x.shape, dtype=x.dtype) if need and x is not None else None
+        for x, need in ((u, needs[0]), (delta, needs[1]), (z, needs[6]))
+    )
+    du_steps, ddelta_steps, dz_steps, z_steps, dout_steps = (
+        None if x is None else _steps(x, groups) for x in (du, ddelta, dz, z, dout)
+    )
+    grads = _Grads.zeros(scan, du_steps, ddelta_steps, [*needs[2:6], *needs[7:]])
+    end_gradient = None if dlast is None else _state(dlast.to(scan.A.dtype), groups)
+    memory = _Memory()
+    for part in scan.parts():
+        end = None if end_gradient is None else part.of(end_gradient)
+        backward = _Backward(part.of_scan(scan), part.of_grads(grads), end, memory)
+        for block in backward.blocks(need_output=dz is not None):
+            dy = block.room("dy").zero_()
+            y = None if dz is None else block.room("y")
+            if dout_steps is not None:
+                dy.copy_(block.cut(part.of(dout_steps)))
+            if z_steps is not None:
+                gate = block.cut(part.of(z_steps))
+                slope = torch.ops.aten.silu_backward(dy, gate) if dz is not None else dy
+                dy *= F.silu(gate)
+            backward.run(block, block.mask(dy), y)
+            if dz_steps is not None and y is not None:
+                block.join(block.mask(y.mul_(slope)), part.of(dz_steps))
+    dA, dinitial = grads.A, grads.initial
+    return (
+        du,
+        ddelta,
+        None if dA is None else _like(dA.mT, A),
+        _of_coefficients(grads.B, B),
+        _of_coefficients(grads.C, C),
+        None if D is None else _like(grads.D, D),
+        dz,
+        None if delta_bias is None else _like(grads.bias, delta_bias),
+        None if dinitial is None else _like(dinitial.permute(1, 0, 3, 2), initial_state),
+    )
+
+
+def cross_forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    delta_bias: Tensor,
+    orders: Tensor,
+) -> Tensor:
+    """The output."""
+    scan = _cross(u, delta, A, B, C, D, delta_bias)
+    total, memory = torch.zeros(z.shape, dtype=scan.A.dtype), _Memory()
+    for part in scan.parts():
+        ours, tokens = part.of_scan(scan), part.of_tokens(total)
+        for block, y in _outputs(ours, ours.start(), memory):
+            block.add_tokens(tokens, orders, y)
+    total *= F.silu(z.to(total.dtype))
+    return total.div_(len(orders)).to(z.dtype)
+
+
+def cross_backward(
+    dout: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    delta_bias: Tensor,
+    orders: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The eight gradients."""
+    scan = _cross(u, delta, A, B, C, D, delta_bias)
+    dtype = scan.A.dtype
+    du, ddelta = (
+        torch.empty(x.shape, dtype=x.dtype) if need else None
+        for x, need in ((u, needs[0]), (delta, needs[1]))
+    )
+    grads = _Grads.zeros(scan, du, ddelta, [*needs[2:6], needs[7], False])
+    gate, total, memory = z.to(dtype), None, _Memory()
+    dy_tokens = F.silu(gate).mul_(dout).div_(len(orders))
+    if needs[6]:
+        total = torch.zeros(z.shape, dtype=dtype)
+    for part in scan.parts():
+        backward = _Backward(part.of_scan(scan), part.of_grads(grads), None, memory)
+        for block in backward.blocks(need_output=total is not None):
+            y = None if total is None else block.room("y")
+            dy = block.take_tokens(part.of_tokens(dy_tokens), orders, block.room("dy"))
+            backward.run(block, dy, y)
+            if total is not None and y is not None:
+                block.add_tokens(part.of_tokens(total), orders, y)
+    dz = None
+    if total is not None:
+        dz = torch.ops.aten.silu_backward(total.mul_(dout).div_(len(orders)), gate).to(z.dtype)
+    return (
+        du,
+        ddelta,
+        None if grads.A is None else _like(grads.A.mT, A),
+        _like(grads.B, B),
+        _like(grads.C, C),
+        _like(grads.D, D),
+        dz,
+        _like(grads.bias, delta_bias),
+    )
+
+
+def conv_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, orders: Tensor, silu: bool
+) -> Tensor:
+    """The output."""
+    out = torch.empty(len(orders), *x.shape, dtype=x.dtype)
+    for k, begin, end, mixed, _ in _conv_chunks(x, weight, bias, orders):
+        out[k, :, begin:end] = F.silu(mixed, inplace=True) if silu else mixed
+    return out
+
+
+def conv_backward(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    orders: Tensor,
+    silu: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The three gradients."""
+    dtype = _precision(x, weight)
+    width = weight.shape[-1]
+    dx = torch.zeros(x.shape, dtype=dtype) if needs[0] else None
+    dweight = torch.zeros(weight.shape, dtype=dtype) if needs[1] else None
+    dbias = None
+    if bias is not None and needs[2]:
+        dbias = torch.zeros(bias.shape, dtype=dtype)
+    for k, begin, end, mixed, rows in _conv_chunks(x, weight, bias, orders):
+        dmixed = dout[k, :, begin:end].to(dtype)
+        if silu:
+            dmixed = torch.ops.aten.silu_backward(dmixed, mixed)
+        if dbias is not None:
+            dbias[k] += dmixed.sum((0, 1))
+        if dweight is not None:
+            for w in range(width):
+                dweight[k, :, w] += (dmixed * rows[:, w : w + end - begin]).sum((0, 1))
+        if dx is not None:
+            drows = torch.zeros_like(rows)
+            for w in range(width):
+                drows[:, w : w + end - begin].addcmul_(dmixed, weight[k, :, w].to(dtype))
+            real = max(0, width - 1 - begin)  # rows before it stand before the sequence
+            tokens = orders[k, begin - width + 1 + real : end]
+            dx.index_add_(1, tokens, drows[:, real:])
+    return _like(dx, x), _like(dweight, weight), None if bias is None else _like(dbias, bias)
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """Inputs of a scan, views where they can be; D are the channels of a group."""
+
+    u: Tensor  # (G, B, L, D)
+    delta: Tensor  # (G, B, L, D)
+    A: Tensor  # (G, 1, 1, N, D) in the precision that is computed in
+    B: Tensor  # (G, B, L, N) in that precision, or (G, 1, 1, N, D) where it is fixed
+    C: Tensor
+    D: Tensor | None  # (G, 1, 1, D)
+    bias: Tensor | None  # (G, 1, 1, D)
+    initial: Tensor | None  # (G, B, N, D)
+    flags: Tensor | None  # (B, L)
+    softplus: bool
+    reverse: bool
+
+    def chunk(self) -> int:
+        """Elements of a chunk of states."""
+        return CHUNK * torch.get_num_threads()
+
+    def parts(self) -> Iterator[_Part]:
+        """Ranges of samples and channels of which a few steps' states fit a chunk."""
+        groups, batch, _, dim = self.u.shape
+        state = self.A.shape[-2]
+        budget = max(1, self.chunk() // max(MIN_STEPS, state // 4))  # elements of a step
+        channels = _share(dim, budget // (groups * state))
+        samples = _share(batch, budget // max(1, groups * state * channels))
+        for sample in range(0, batch, samples):
+            for channel in range(0, dim, channels):
+                yield _Part(slice(sample, sample + samples), slice(channel, channel + channels))
+
+    def ranges(self) -> list[tuple[slice, int]]:
+        """The steps of each block in the order of the visit, and the steps of its chunks."""
+        groups, batch, length, dim = self.u.shape
+        step, state = max(1, groups * batch * dim), self.A.shape[-2]
+        size = min(max(self.chunk() // (step * state), MIN_STEPS, state // 4), max(length, 1))
+        span = size * max(1, min(length, BLOCK // step) // size)
+        whole = length // size * size
+        edges = [*range(0, whole, span), whole] if whole else [0]
+        ranges = [(a, b, size) for a, b in itertools.pairwise(edges)]
+        if whole < length:
+            ranges.append((whole, length, length - whole))
+        if self.reverse:
+            ranges = [(length - b, length - a, size) for a, b, size in ranges]
+        return [(slice(a, b), size) for a, b, size in ranges]
+
+    def start(self) -> Tensor:
+        """(G, B, N, D), the state before the first step, free to be written."""
+        if self.initial is not None:
+            return _copy(self.initial)
+        groups, batch, _, dim = self.u.shape
+        return self.A.new_zeros(groups, batch, self.A.shape[-2], dim)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A range of samples and a range of each group's channels."""
+
+    samples: slice
+    channels: slice
+
+    def of(self, x: Tensor) -> Tensor:
+        """Of (G, B, L, D), or of a state (G, B, N, D)."""
+        return x[:, self.samples, :, self.channels]
+
+    def of_tokens(self, x: Tensor) -> Tensor:
+        """Of (B, L, D)."""
+        return x[self.samples, :, self.channels]
+
+    def _coefficients(self, x: Tensor) -> Tensor:
+        return x[..., self.channels] if x.ndim == 5 else x[:, self.samples]
+
+    def of_scan(self, scan: _Scan) -> _Scan:
+        """Of all inputs."""
+        return replace(
+            scan,
+            u=self.of(scan.u),
+            delta=self.of(scan.delta),
+            A=scan.A[..., self.channels].contiguous(),
+            B=self._coefficients(scan.B),
+            C=self._coefficients(scan.C),
+            D=None if scan.D is None else scan.D[..., self.channels],
+            bias=None if scan.bias is None else scan.bias[..., self.channels],
+            initial=None if scan.initial is None else self.of(scan.initial),
+            flags=None if scan.flags is None else scan.flags[self.samples],
+        )
+
+    def of_grads(self, grads: _Grads) -> _Grads:
+        """Of all gradients; those of samples that share a parameter stand in the same place."""
+        part = {}
+        for field in fields(grads):
+            x = getattr(grads, field.name)
+            if x is not None and field.name in ("u", "delta", "initial"):
+                x = self.of(x)
+            elif x is not None:
+                x = self._coefficients(x) if field.name in "BC" else x[..., self.channels]
+            part[field.name] = x
+        return _Grads(**part)
+
+
+@dataclass
+class _Grads:
+    """Gradients laid out as in `_Scan`, None where not needed; u's and delta's in their dtype."""
+
+    u: Tensor | None
+    delta: Tensor | None
+    A: Tensor | None
+    B: Tensor | None
+    C: Tensor | None
+    D: Tensor | None
+    bias: Tensor | None
+    initial: Tensor | None
+
+    @classmethod
+    def zeros(
+        cls, scan: _Scan, u: Tensor | None, delta: Tensor | None, needs: Sequence[bool]
+    ) -> _Grads:
+        """Room for the sums that are needed, of A, B, C, D, bias, initial."""
+        likes = (scan.A, scan.B, scan.C, scan.D, scan.bias, scan.initial)
+        sums = [
+            torch.zeros(x.shape, dtype=scan.A.dtype) if need and x is not None else None
+            for x, need in zip(likes, needs, strict=True)
+        ]
+        return cls(u, delta, *sums)
+
+
+class _Memory:
+    """Buffers by name: fresh memory costs as much as what is computed in it."""
+
+    def __init__(self) -> None:
+        self.flat: dict[str, Tensor] = {}
+        self.shaped: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def room(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """A contiguous buffer, the same for the same name; what it held is lost."""
+        buffer = self.shaped.get((name, shape))
+        if buffer is None:
+            flat, size = self.flat.get(name), math.prod(shape)
+            if flat is None or len(flat) < size:
+                flat = self.flat[name] = like.new_empty(size)
+            buffer = self.shaped[name, shape] = flat[:size].view(shape)
+        return buffer
+
+
+class _Block:
+    """Successive steps of a part of a scan, in chunks of S: (chunks, G, B, S, ...), as visited.
+
+    What has no states is computed for all chunks at once.
+
+    Args:
+        scan: the part.
+        steps: which of 0 ... L-1.
+        size: S, a divisor of their number.
+        memory: where everything is put; the next block puts it at the same places.
+    """
+
+    def __init__(self, scan: _Scan, steps: slice, size: int, memory: _Memory) -> None:
+        self.scan, self.place, self.memory = scan, steps, memory
+        self.count = (steps.stop - steps.start) // size
+        groups, batch, _, dim = scan.u.shape
+        state = scan.A.shape[-2]
+        self.small = (self.count, groups, batch, size, dim)
+        self.large = (groups, batch, size, state, dim)
+        self.rows = (self.count, groups, batch, size, state)
+        u, before = self.cut(scan.u), self.cut(scan.delta)
+        if scan.bias is not None:
+            before = torch.add(before, scan.bias, out=self.room("before"))
+        self.before = step = before
+        if scan.softplus:
+            step = F.softplus(before, out=self.room("step"))  # type: ignore[call-arg]
+        B, C = (x if x.ndim == 5 else self.cut(x).contiguous() for x in (scan.B, scan.C))
+        self.reset = self.skip = None
+        if scan.flags is not None:
+            flags = self.cut(scan.flags[None, ..., None], torch.uint8)
+            self.reset, self.skip = (flags & RESET).bool()[..., None], (flags & SKIP).bool()
+            # A step of size 0 of an input 0: what padding holds, even NaN, reaches nothing.
+            u, step = u.masked_fill(self.skip, 0.0), step.masked_fill(self.skip, 0.0)
+            B = B if B is scan.B else B.masked_fill(self.skip, 0.0)
+            C = C if C is scan.C else C.masked_fill(self.skip, 0.0)
+        self.u, self.step = u, step
+        self.step_u = torch.mul(step, u, out=self.room("step_u"))
+        # An exp that underflows takes a hundred times as long; the least normal number is as good.
+        lowest, (low, high) = math.log(torch.finfo(scan.A.dtype).tiny), step.aminmax()
+        self.lowest = lowest if max(-low, high) * scan.A.abs().max() > -lowest else None
+        # By chunk: B and C as factors of states, and as rows where they depend on the input.
+        self.B, self.B_rows = self._coefficients(B, scan.B)
+        self.C, self.C_rows = self._coefficients(C, scan.C)
+        self.steps = step.unsqueeze(4).unbind()
+        self.steps_u = self.step_u.unsqueeze(4).unbind()
+
+    def _coefficients(self, x: Tensor, given: Tensor) -> tuple[Sequence[Tensor], Tensor | None]:
+        if x is given and x.ndim == 5:
+            return [x] * self.count, None
+        return x.unsqueeze(5).unbind(), x
+
+    def room(self, name: str) -> Tensor:
+        """A buffer (chunks, G, B, S, D)."""
+        return self.memory.room(name, self.small, self.scan.A)
+
+    def large_room(self, name: str) -> Tensor:
+        """A buffer (G, B, S, N, D), for the states of a chunk."""
+        return self.memory.room(name, self.large, self.scan.A)
+
+    def rows_room(self, name: str) -> Tensor:
+        """A buffer (chunks, G, B, S, N)."""
+        return self.memory.room(name, self.rows, self.scan.A)
+
+    def cut(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The block's steps of x (G, B, L, ...) in chunks, a view unless something changes."""
+        x = x[:, :, self.place].to(dtype or self.scan.A.dtype)
+        if self.scan.reverse:
+            x = x.flip(2)
+        return x.unflatten(2, (self.count, -1)).permute(2, 0, 1, 3, 4)
+
+    def join(self, chunks: Tensor, into: Tensor) -> None:
+        """Write chunks to where `cut` reads them."""
+        steps = into[:, :, self.place]
+        if self.scan.reverse:
+            steps.copy_(chunks.permute(1, 2, 0, 3, 4).flatten(2, 3).flip(2))
+        else:
+            steps.unflatten(2, (self.count, -1)).permute(2, 0, 1, 3, 4).copy_(chunks)
+
+    def take_tokens(self, x: Tensor, orders: Tensor, chunks: Tensor) -> Tensor:
+        """What the orders (G, L) visit of x (B, L, D) at these steps, written to chunks."""
+        for group, order in enumerate(orders[:, self.place]):
+            for i, tokens in enumerate(order.view(self.count, -1)):
+                torch.index_select(x, 1, tokens, out=chunks[i, group])
+        return chunks
+
+    def add_tokens(self, x: Tensor, orders: Tensor, chunks: Tensor) -> None:
+        """Add to x (B, L, D) at the places where `take_tokens` reads."""
+        for group, order in enumerate(orders[:, self.place]):
+            for i, tokens in enumerate(order.view(self.count, -1)):
+                x.index_add_(1, tokens, chunks[i, group])
+
+    def mask(self, chunks: Tensor) -> Tensor:
+        """Zero padding steps."""
+        return chunks if self.skip is None else chunks.masked_fill_(self.skip, 0.0)
+
+    def decays(self, i: int) -> Tensor:
+        """exp(d A) of chunk i, (G, B, S, N, D), 0 where a sequence begins."""
+        decay = torch.mul(self.steps[i], self.scan.A, out=self.large_room("decay"))
+        if self.lowest is not None:
+            decay.clamp_(min=self.lowest)
+        decay.exp_()
+        return decay if self.reset is None else decay.masked_fill_(self.reset[i], 0.0)
+
+    def states(self, i: int, before: Tensor) -> tuple[Tensor, Tensor]:
+        """h after each step of chunk i, (G, B, S, N, D), and the decays."""
+        decay = self.decays(i)
+        states = torch.mul(self.B[i], self.steps_u[i], out=self.large_room("states"))
+        for h, a in zip(states.unbind(2), decay.unbind(2), strict=True):
+            h.addcmul_(a, before)
+            before = h
+        return states, decay
+
+    def output(self, i: int, states: Tensor, out: Tensor) -> None:
+        """<C, h> of chunk i into (G, B, S, D)."""
+        self.sum_states(self.C[i], self.C_rows, i, states, out)
+
+    def sum_states(
+        self, x: Tensor, rows: Tensor | None, i: int, states: Tensor, out: Tensor
+    ) -> None:
+        """B or C of chunk i times states, summed over N, into (G, B, S, D)."""
+        if rows is None:
+            torch.sum(torch.mul(states, x, out=self.large_room("spare states")), 3, out=out)
+            return
+        state, dim = states.shape[-2:]
+        matrices = states.view(-1, state, dim)
+        torch.bmm(rows[i].view(-1, 1, state), matrices, out=out.view(-1, 1, dim))
+
+
+class _Backward:
+    """The backward of a part of a scan: `for block in blocks(): run(block, dy)`.
+
+    Args:
+        scan: the part.
+        grads: where its gradients go.
+        end: (G, B, N, D), the last state's gradient; None: zeros.
+        memory: for blocks.
+    """
+
+    states: Tensor
+    decay: Tensor
+
+    def __init__(self, scan: _Scan, grads: _Grads, end: Tensor | None, memory: _Memory) -> None:
+        self.scan, self.grads, self.memory, g = scan, grads, memory, grads
+        self.carry = torch.zeros_like(scan.start()) if end is None else _copy(end)
+        self.need_step = g.delta is not None or g.bias is not None
+        self.need_decay = self.need_step or g.A is not None
+        self.need_moved = self.need_step or g.u is not None
+        self.need_gradient = (
+            self.need_decay or self.need_moved or g.B is not None or g.initial is not None
+        )
+        self.need_states = self.need_decay or g.C is not None
+
+    def blocks(self, need_output: bool) -> Iterator[_Block]:
+        """The blocks from the last to the first; `need_output`: each will be `run` with a y."""
+        ranges = self.scan.ranges()
+        self.need_states |= need_output
+        self.starts = [self.scan.start()]  # the state before each chunk
+        if self.need_states:
+            for n, (steps, size) in enumerate(ranges, 1):
+                block = _Block(self.scan, steps, size, self.memory)
+                for i in range(block.count - (n == len(ranges))):
+                    states, _ = block.states(i, self.starts[-1])
+                    self.starts.append(_copy(states[:, :, -1]))
+        for steps, size in reversed(ranges):
+            yield _Block(self.scan, steps, size, self.memory)
+        if self.grads.initial is not None:
+            self.grads.initial.copy_(self.carry)
+
+    def run(self, block: _Block, dy: Tensor, y: Tensor | None) -> None:
+        """The gradients of a block.
+
+        Args:
+            block: the next that `blocks` gave.
+            dy: (chunks, G, B, S, D), the gradient of <C, h> + D u; 0 in padding.
+            y: gets <C, h> + D u; None: not needed.
+        """
+        for i in reversed(range(block.count)):
+            if self.need_states:
+                self.start = self.starts.pop()
+                self.states, self.decay = block.states(i, self.start)
+            elif self.need_gradient:
+                self.decay = block.decays(i)
+            if y is not None:
+                block.output(i, self.states, y[i])
+            self._chunk(block, i, dy[i])
+        if y is not None and self.scan.D is not None:
+            y.addcmul_(block.u, self.scan.D)
+        self._finish(block, dy)
+
+    def _chunk(self, block: _Block, i: int, dy: Tensor) -> None:
+        """What the states of chunk i are needed for; dy (G, B, S, D)."""
+        grads = self.grads
+        if grads.C is not None:
+            self._add_sums(grads.C, "dC", block, i, dy, self.states)
+        if not self.need_gradient:
+            return
+        gradient = torch.mul(block.C[i], dy[:, :, :, None], out=block.large_room("gradient"))
+        g, a = gradient.unbind(2), self.decay.unbind(2)
+        h = (self.start, *self.states.unbind(2)) if self.need_decay else ()
+        g[-1].add_(self.carry)
+        for t in range(len(g) - 1, -1, -1):  # one step is done with while the cache has it
+            given = a[t].mul_(g[t])
+            if t:
+                g[t - 1].add_(given)
+            else:
+                self.carry.copy_(given)
+            if self.need_decay:
+                given.mul_(h[t])  # q
+        if grads.B is not None:
+            self._add_sums(grads.B, "dB", block, i, block.step_u[i], gradient)
+        if self.need_moved:
+            block.sum_states(block.B[i], block.B_rows, i, gradient, block.room("moved")[i])
+        if grads.A is not None:
+            product = torch.mul(self.decay, block.steps[i], out=gradient)
+            grads.A += product.sum((1, 2), keepdim=True)
+        if self.need_step:
+            torch.sum(self.decay.mul_(self.scan.A), 3, out=block.room("powers")[i])
+
+    def _finish(self, block: _Block, dy: Tensor) -> None:
+        """What needs no states."""
+        scan, grads = self.scan, self.grads
+        for name, into in (("dB", grads.B), ("dC", grads.C)):
+            if into is not None and into.ndim == 4:
+                block.join(block.cut(into).add_(block.rows_room(name)), into)
+        moved, powers = block.room("moved"), block.room("powers")
+        if grads.D is not None:
+            grads.D += self._sum(torch.mul(dy, block.u, out=block.room("spare")))
+        if self.need_step:
+            dstep = powers.addcmul_(moved, block.u)
+            if scan.softplus:
+                dstep = torch.ops.aten.softplus_backward(dstep, block.before, 1, 20)
+            block.mask(dstep)
+            if grads.bias is not None:
+                grads.bias += self._sum(dstep)
+            if grads.delta is not None:
+                block.join(dstep, grads.delta)
+        if grads.u is not None:
+            du = moved.mul_(block.step)
+            if scan.D is not None:
+                du.addcmul_(dy, scan.D)
+            block.join(du, grads.u)
+
+    @staticmethod
+    def _sum(chunks: Tensor) -> Tensor:
+        """(chunks, G, B, S, D) to (G, 1, 1, D)."""
+        return chunks.sum((0, 2, 3))[:, None, None]
+
+    def _add_sums(
+        self, into: Tensor, name: str, block: _Block, i: int, y: Tensor, states: Tensor
+    ) -> None:
+        """y (G, B, S, D) times states: summed over D for `_finish`, or else added to (G, N, D)."""
+        if into.ndim == 5:
+            product = torch.mul(states, y[:, :, :, None], out=block.large_room("spare states"))
+            into += product.sum((1, 2), keepdim=True)
+            return
+        state, dim = states.shape[-2:]
+        # A row times a transposed matrix runs several times as fast as the matrix times a column.
+        matrices = states.view(-1, state, dim).mT
+        torch.bmm(y.view(-1, 1, dim), matrices, out=block.rows_room(name)[i].view(-1, 1, state))
+
+
+def _scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    flags: Tensor | None,
+    softplus: bool,
+    reverse: bool,
+) -> _Scan:
+    dtype = _precision(u, delta, A, B, C)
+    groups = max(t.shape[2] if t.ndim == 4 else 1 for t in (B, C))
+
+    def matrix(t: Tensor) -> Tensor:  # (D, N)
+        return t.to(dtype).unflatten(0, (groups, -1)).transpose(1, 2)[:, None, None]
+
+    def coefficients(t: Tensor) -> Tensor:
+        return matrix(t) if t.ndim == 2 else t.to(dtype).permute(2, 0, 1, 3)
+
+    def vector(t: Tensor | None) -> Tensor | None:  # (D,)
+        return None if t is None else t.to(dtype).view(groups, 1, 1, -1)
+
+    return _Scan(
+        _steps(u, groups),
+        _steps(delta, groups),
+        matrix(A),
+        coefficients(B),
+        coefficients(C),
+        vector(D),
+        vector(delta_bias),
+        None if initial_state is None else _state(initial_state.to(dtype), groups),
+        flags,
+        softplus,
+        reverse,
+    )
+
+
+def _cross(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor
+) -> _Scan:
+    dtype = _precision(u, A)
+    A, B, C, D, delta_bias = (t.to(dtype) for t in (A, B, C, D, delta_bias))
+    A, D, delta_bias = A.mT[:, None, None], D[:, None, None], delta_bias[:, None, None]
+    return _Scan(u, delta, A, B, C, D, delta_bias, None, None, True, False)
+
+
+def _outputs(scan: _Scan, state: Tensor, memory: _Memory) -> Iterator[tuple[_Block, Tensor]]:
+    """<C, h> + D u of each block, (chunks, G, B, S, D); `state` becomes h after the last step."""
+    before = scan.start()
+    for steps, size in scan.ranges():
+        block = _Block(scan, steps, size, memory)
+        y = block.room("y")
+        for i in range(block.count):
+            states, _ = block.states(i, before)
+            block.output(i, states, y[i])
+            before.copy_(states[:, :, -1])
+        yield block, y if scan.D is None else y.addcmul_(block.u, scan.D)
+    state.copy_(before)
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A contiguous copy."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _share(count: int, most: int) -> int:
+    """The size of the fewest ranges of nearly equal size that make up `count`."""
+    return -(-count // max(1, -(-count // max(1, most)))) or 1
+
+
+def _steps(x: Tensor, groups: int) -> Tensor:
+    """(B, L, D) as (G, B, L, D / G), a view."""
+    return x.unflatten(2, (groups, x.shape[2] // groups)).permute(2, 0, 1, 3)
+
+
+def _state(x: Tensor, groups: int) -> Tensor:
+    """(B, D, N) as (G, B, N, D / G), a view."""
+    return x.unflatten(1, (groups, x.shape[1] // groups)).permute(1, 0, 3, 2)
+
+
+def _of_coefficients(x: Tensor | None, like: Tensor) -> Tensor | None:
+    """A gradient of B or C as in `_Scan` as that of the input (D, N) or (B, L, G, N)."""
+    if x is None:
+        return None
+    return _like(x.mT if like.ndim == 2 else x.permute(1, 2, 0, 3), like)
+
+
+def _like(x: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """x in the shape and dtype of `like`."""
+    return None if x is None or like is None else x.reshape(like.shape).to(like.dtype)
+
+
+def _conv_chunks(
+    x: Tensor, weight: Tensor, bias: Tensor | None, orders: Tensor
+) -> Iterator[tuple[int, int, int, Tensor, Tensor]]:
+    """The convolution before its activation, a few steps at a time.
+
+    Yields:
+        k, begin, end, the result (B, end - begin, D), and the rows (B, W - 1 + end - begin, D) that
+        it came from, zeros before the first step.
+    """
+    dtype = _precision(x, weight)
+    batch, length, dim = x.shape
+    width = weight.shape[-1]
+    steps = max(MIN_STEPS, (CHUNK >> 2) // max(1, batch * dim))
+    for k, order in enumerate(orders):
+        taps = weight[k].to(dtype).T.contiguous()  # (W, D)
+        for begin in range(0, length, steps):
+            end = min(begin + steps, length)
+            first = begin - width + 1
+            rows = x.index_select(1, order[max(first, 0) : end]).to(dtype)
+            if first < 0:
+                rows = F.pad(rows, (0, 0, -first, 0))
+            mixed = rows[:, : end - begin] * taps[0]
+            for w in range(1, width):
+                mixed.addcmul_(rows[:, w : w + end - begin], taps[w])
+            if bias is not None:
+                mixed += bias[k].to(dtype)
+            yield k, begin, end, mixed, rows
+
+
+def _precision(*tensors: Tensor) -> torch.dtype:
+    """float64 where an input is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

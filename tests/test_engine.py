@@ -1,0 +1,230 @@
+"""The parts of a training step, against sums written out here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from emrrg import engine
+from emrrg.config import TrainConfig
+from emrrg.data.images import normalize
+from emrrg.distributed import World
+from emrrg.engine import (
+    Session,
+    cached_features,
+    largest_batch,
+    load_best,
+    prepare,
+    read_steps,
+    restore,
+    save,
+    seed_everything,
+    share,
+    store_frozen,
+    training_step,
+    update,
+)
+from emrrg.errors import InputError
+from emrrg.model import set_regime
+from emrrg.progress import Progress
+from emrrg.runs import read_checkpoint
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(
+    dataset="phantoms", preset="tiny", regime="full", image_size=32, decoder_dim=32,
+    decoder_layers=2, decoder_heads=2, hybrid_every=2, vocab_size=300, train_studies=7,
+    val_studies=1, test_studies=1, batch_size=3, drop_path=0.0, grad_clip=0.0, epochs=2,
+)  # fmt: skip
+
+
+def session(tmp_path: Path, **changes: object) -> Session:
+    config = dataclasses.replace(CONFIG, **changes)
+    return prepare(config, tmp_path, CPU, World(), resuming=False)
+
+
+def loss_by_hand(made: Session, studies: list[int]) -> Tensor:
+    """Mean over all report tokens of -log p, each study alone in its batch."""
+    model, total, tokens = made.model, torch.zeros(()), 0
+    for i in studies:
+        study = made.studies["train"][i]
+        ids = [*model.tokenizer.encode(study.report)[: CONFIG.max_report_tokens]]
+        ids.append(model.tokenizer.eos_id)
+        prefix = model.encode(normalize(study.images[None]), torch.ones(1, 1, dtype=torch.bool))
+        rows = model.llama_model.embed(torch.tensor(ids[:-1], dtype=torch.long))
+        embeds = torch.cat([prefix.embeds[0], rows])[None]
+        text = torch.cat([prefix.text_mask[0], torch.ones(len(ids) - 1, dtype=torch.bool)])[None]
+        logits = model.llama_model(embeds, vis=prefix.vis, text_mask=text)[0, -len(ids) :]
+        total = total + F.cross_entropy(logits, torch.tensor(ids), reduction="sum")
+        tokens += len(ids)
+    return total / tokens
+
+
+@pytest.mark.parametrize("studies", [[0, 1, 2], [0, 1, 2, 3, 4, 5, 6]], ids=["one", "three"])
+def test_a_step_is_the_mean_over_all_its_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, studies: list[int]
+) -> None:
+    """Loss and every gradient, in one batch and accumulated over three of 3, 3 and 1 studies."""
+    made = session(tmp_path)
+    for name, parameter in made.parameters.items():  # so that the image matters in hybrid layers
+        if name.endswith("alpha"):
+            torch.nn.init.constant_(parameter, 0.5)
+    monkeypatch.setattr(engine, "update", lambda _session, loss: loss)  # leave the gradients
+    expected = loss_by_hand(made, studies)
+    gradients = torch.autograd.grad(expected, list(made.parameters.values()))
+    step = training_step(made, studies, read_steps(made, [studies]), lambda: False)
+    assert step.loss == pytest.approx(float(expected), rel=1e-5)
+    assert not step.stop and not step.failures
+    for (name, parameter), gradient in zip(made.parameters.items(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=2e-6, rtol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [1, 2, 7, 12])
+def test_processes_share_a_step(size: int, count: int) -> None:
+    studies = list(range(100, 100 + count))
+    parts = [share(studies, CONFIG, World(rank, size)) for rank in range(size)]
+    flat = [i for part in parts for batch in part for i in batch]
+    assert sorted(flat) == studies
+    assert all(len(batch) <= 3 for part in parts for batch in part)
+    sizes = [sum(map(len, part)) for part in parts]
+    assert max(sizes) - min(sizes) <= 1 and len(parts[0]) == math.ceil(sizes[0] / 3)
+
+
+def test_clipping_by_hand(tmp_path: Path) -> None:
+    made = (
+        session(tmp_path, grad_clip=0.5, optimizer=None)
+        if False
+        else session(tmp_path, grad_clip=0.5)
+    )
+    torch.manual_seed(1)
+    for parameter in made.parameters.values():
+        parameter.grad = torch.randn_like(parameter)
+    before = {n: p.grad.clone() for n, p in made.parameters.items()}
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in before.values()))
+    assert norm > 0.5 and update(made, 1.25) == 1.25
+    for name, parameter in made.parameters.items():
+        torch.testing.assert_close(parameter.grad, before[name] * (0.5 / norm), msg=name)
+
+
+def test_features_are_those_of_the_images(tmp_path: Path) -> None:
+    made = session(tmp_path)
+    set_regime(made.model, "linear-probe")
+    features = cached_features(made)
+    assert features is not None
+    for i in range(7):
+        image = made.studies["train"][i].images
+        with torch.no_grad():
+            expected = made.model.visual_encoder.eval()(normalize(image))
+        torch.testing.assert_close(features[i], expected[0], atol=1e-5, rtol=1e-4, msg=str(i))
+    # Not where the encoder trains, where they would not fit, or would be used once.
+    for changes in ({"epochs": 1}, {"cache_features": False}, {"bad_images": "skip"}):
+        made.config = dataclasses.replace(CONFIG, **changes)
+        assert cached_features(made) is None, changes
+    made.config = CONFIG
+    set_regime(made.model, "encoder")
+    assert cached_features(made) is None
+
+
+def test_features_that_would_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = session(tmp_path)
+    set_regime(made.model, "linear-probe")
+    monkeypatch.setattr(engine, "FEATURE_BYTES", 7 * 5 * 128 * 4)
+    assert cached_features(made) is not None
+    monkeypatch.setattr(engine, "FEATURE_BYTES", 7 * 5 * 128 * 4 - 1)
+    assert cached_features(made) is None
+
+
+def test_the_blind_control_sees_the_mean(tmp_path: Path) -> None:
+    made = session(tmp_path, blind=True)
+    images = torch.stack([made.studies["train"][i].images[0] for i in range(7)])
+    with torch.no_grad():
+        expected = made.model.visual_encoder.eval()(normalize(images)).double().mean(0)
+    torch.testing.assert_close(made.model.feature_mean.double(), expected, atol=1e-6, rtol=1e-5)
+    assert not any(name.startswith("visual_encoder.") for name in made.parameters)
+
+
+def test_reports_that_are_too_long_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="more than the language model's") as error:
+        made = session(tmp_path)
+        engine.check_length(made.model, dataclasses.replace(CONFIG, max_new_tokens=1000))
+    assert "--max-report-tokens, --max-new-tokens" in str(error.value)
+
+
+def test_frozen_matrices_stay_in_fp32_on_the_cpu(tmp_path: Path) -> None:
+    made = session(tmp_path)
+    set_regime(made.model, "linear-probe")
+    store_frozen(made.model, dataclasses.replace(CONFIG, precision="bf16"), CPU)
+    assert {p.dtype for p in made.model.parameters()} == {torch.float32}
+
+
+def test_only_frozen_matrices_are_rounded(tmp_path: Path) -> None:
+    """As on CUDA: the scan adds its biases, A and D in fp32, and what trains is not rounded."""
+    made = session(tmp_path)
+    set_regime(made.model, "linear-probe")
+    store_frozen(made.model, CONFIG, torch.device("cuda"))
+    kinds = {n: p.dtype for n, p in made.model.named_parameters()}
+    mixer = "visual_encoder.layers.0.mixer"
+    for name in ("in_proj.weight", "x_proj_c.weight", "dt_proj.weight"):
+        assert kinds[f"{mixer}.{name}"] == torch.bfloat16, name
+    for name in ("dt_proj.bias", "A_log", "D_b", "conv1d.weight"):
+        assert kinds[f"{mixer}.{name}"] == torch.float32, name
+    assert kinds["llama_proj.weight"] == torch.float32
+
+
+@pytest.mark.parametrize(("room", "expected"), [(1000, 8), (500, 4), (650, 5), (None, 12)])
+def test_the_cpu_is_not_tried_beyond_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int | None, expected: int
+) -> None:
+    """A batch of n studies takes 100 n bytes here; at most 0.8 of what is free may be taken."""
+    made, tried = session(tmp_path), [0]
+
+    def backward(_session: Session, indices: list[int], *_: object, **__: object) -> float:
+        tried.append(len(indices))
+        return 0.0
+
+    monkeypatch.setattr(engine, "backward", backward)
+    monkeypatch.setattr(engine, "LARGEST_BATCH", 12)
+    monkeypatch.setattr(engine, "memory_bytes", lambda: 7000 + 100 * max(tried))
+    monkeypatch.setattr(engine, "available_memory", lambda _device: room)
+    assert largest_batch(made) == expected
+    assert max(tried) == expected
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    """Moments, random numbers and counters; and the best weights, which are not the last."""
+    made = session(tmp_path)
+    progress = Progress(tmp_path, CONFIG, 10, 5, quiet=True)
+    progress.start()
+    with progress:
+        for k in range(3):
+            step = training_step(made, [k], read_steps(made, [[k]]), lambda: False)
+            progress.advance([str(k)], step.loss, 1e-4, 10)
+            save(tmp_path, made, progress, best=k == 1)
+    draws = torch.rand(4)
+    moments = {
+        name: {key: value.clone() for key, value in made.optimizer.state[p].items()}
+        for name, p in made.parameters.items()
+    }
+    last = {name: p.detach().clone() for name, p in made.parameters.items()}
+    again = prepare(CONFIG, tmp_path, CPU, World(), resuming=True)
+    counted = Progress(tmp_path, CONFIG, 10, 5, quiet=True)
+    seed_everything(99)
+    restore(tmp_path, again, counted)
+    assert torch.equal(torch.rand(4), draws)
+    assert counted.state() == progress.state() and counted.losses == progress.losses
+    for name, parameter in again.parameters.items():
+        assert torch.equal(parameter, last[name]), name
+        state = again.optimizer.state[parameter]
+        assert state.keys() == moments[name].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(state[key], moments[name][key]) for key in state), name
+    load_best(tmp_path, again)
+    best = read_checkpoint(tmp_path, "best")
+    assert best.state["step"] == 2
+    assert all(torch.equal(p, best.weights[n]) for n, p in again.parameters.items())
+    assert not all(torch.equal(p, last[n]) for n, p in again.parameters.items())
