@@ -32,34 +32,9 @@ from kernels.triton_math import jit, silu, silu_slope, tl, triton
 
 
 @jit
-def _taps(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    order_ptr,
-    step,
-    offs_d,
-    mask_d,
-    L,
-    stride_xl,
-    W: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """s at steps (BLOCK_L, 1) of one order of one sample, fp32."""
-    s = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
-    if HAS_BIAS:
-        s += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-    for w in tl.static_range(W):
-        x = _row(x_ptr, order_ptr, step - (W - 1) + w, offs_d, mask_d, L, stride_xl)
-        s += x * tl.load(weight_ptr + offs_d * W + w, mask=mask_d, other=0.0).to(tl.float32)
-    return s
-
-
-@jit
-def _row(x_ptr, order_ptr, step, offs_d, mask_d, L, stride_xl):
-    """x at the tokens of steps (BLOCK_L, 1), zero outside of the sequence."""
+def _row(x_ptr, order_ptr, step, SHIFT: tl.constexpr, mask_d, L, stride_xl):
+    """x at the tokens of steps (BLOCK_L, 1) + SHIFT, zero outside of the sequence."""
+    step = step + SHIFT
     inside = (step >= 0) & (step < L)
     token = tl.load(order_ptr + step, mask=inside, other=0)
     return tl.load(x_ptr + token * stride_xl, mask=inside & mask_d, other=0.0).to(tl.float32)
@@ -67,9 +42,31 @@ def _row(x_ptr, order_ptr, step, offs_d, mask_d, L, stride_xl):
 
 # fmt: off
 @jit
+def _taps(
+    x_ptr, weight_ptr, bias_ptr, order_ptr, step, SHIFT: tl.constexpr, mask_d, L, stride_xl, D,
+    W: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    # fmt: on
+    """s at steps (BLOCK_L, 1) + SHIFT of one order of one sample, fp32.
+
+    The compiler sees that calls for neighbouring SHIFTs read the same rows, and reads them once.
+    """
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr, mask=mask_d, other=0.0).to(tl.float32)
+        s = tl.broadcast_to(bias, [BLOCK_L, BLOCK_D])
+    else:
+        s = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
+    for w in tl.static_range(W):
+        x = _row(x_ptr, order_ptr, step, SHIFT + w - (W - 1), mask_d, L, stride_xl)
+        s += x * tl.load(weight_ptr + w * D, mask=mask_d, other=0.0).to(tl.float32)
+    return s
+
+
+# fmt: off
+@jit
 def _causal_conv1d_fwd_kernel(
     x_ptr,
-    weight_ptr,  # (K, D, W) contiguous
+    weight_ptr,  # (K, W, D) contiguous
     bias_ptr,  # (K, D) contiguous
     orders_ptr,  # (K, L) contiguous
     out_ptr,  # (K, B, L, D) contiguous
@@ -88,8 +85,9 @@ def _causal_conv1d_fwd_kernel(
     step = first + tl.arange(0, BLOCK_L)[:, None]
     mask_d = offs_d < D
     s = _taps(
-        x_ptr + b * stride_xb + offs_d * stride_xd, weight_ptr + k * D * W, bias_ptr + k * D,
-        orders_ptr + k * L, step, offs_d, mask_d, L, stride_xl, W, HAS_BIAS, BLOCK_L, BLOCK_D,
+        x_ptr + b * stride_xb + offs_d * stride_xd, weight_ptr + k * W * D + offs_d,
+        bias_ptr + k * D + offs_d, orders_ptr + k * L, step, 0, mask_d, L, stride_xl, D,
+        W, HAS_BIAS, BLOCK_L, BLOCK_D,
     )  # fmt: skip
     if SILU:
         s = silu(s, NVIDIA)
@@ -101,7 +99,7 @@ def _causal_conv1d_fwd_kernel(
 @jit
 def _causal_conv1d_bwd_kernel(
     dout_ptr, x_ptr,
-    weight_ptr,  # (K, D, W) contiguous
+    weight_ptr,  # (K, W, D) contiguous
     bias_ptr,  # (K, D) contiguous
     orders_ptr,  # (K, L) contiguous
     inverse_ptr,  # (K, L) contiguous: the step of a token
@@ -129,7 +127,8 @@ def _causal_conv1d_bwd_kernel(
     for order in range(K):
         k = b * 0 + order  # int64
         order_at = orders_ptr + k * L
-        weight_at = weight_ptr + k * D * W
+        weight_at = weight_ptr + k * W * D + offs_d
+        bias_at = bias_ptr + k * D + offs_d
         g_at = dout_ptr + k * stride_gk + b * stride_gb + offs_d * stride_gd
         # A token past the end stands at step L, where nothing is read.
         step = tl.load(inverse_ptr + k * L + token, mask=token < L, other=L)
@@ -139,18 +138,18 @@ def _causal_conv1d_bwd_kernel(
             ds = tl.load(g_at + reached * stride_gl, mask=inside, other=0.0).to(tl.float32)
             if SILU:
                 s = _taps(
-                    x_at, weight_at, bias_ptr + k * D, order_at, reached, offs_d, mask_d, L,
-                    stride_xl, W, HAS_BIAS, BLOCK_L, BLOCK_D,
+                    x_at, weight_at, bias_at, order_at, step, j, mask_d, L, stride_xl, D,
+                    W, HAS_BIAS, BLOCK_L, BLOCK_D,
                 )  # fmt: skip
                 _, slope = silu_slope(s, NVIDIA)
                 ds *= slope
             if NEED_X:
-                tap_at = weight_at + offs_d * W + (W - 1 - j)
+                tap_at = weight_at + (W - 1 - j) * D
                 dx += ds * tl.load(tap_at, mask=mask_d, other=0.0).to(tl.float32)
             if j == 0:
                 if NEED_WEIGHT:
                     for w in tl.static_range(W):
-                        x = _row(x_at, order_at, step - (W - 1) + w, offs_d, mask_d, L, stride_xl)
+                        x = _row(x_at, order_at, step, w - (W - 1), mask_d, L, stride_xl)
                         part = tl.sum(ds * x, 0)[None, :]
                         at = ((tile * K + k) * W + w) * D + offs_d
                         tl.store(dweight_ptr + at, part, mask=mask_d)
@@ -161,7 +160,9 @@ def _causal_conv1d_bwd_kernel(
         tl.store(dx_ptr + (b * L + token) * D + offs_d, dx, mask=(token < L) & mask_d)
 
 
-_SIZES = {"BLOCK_L": 16, "BLOCK_D": 128, "num_warps": 4}
+def _sizes(dim: int, rows: int) -> dict[str, int]:
+    """A tile and its warps: eight channels a thread, one where rows of x are not aligned."""
+    return {"BLOCK_L": rows, "BLOCK_D": 128 if dim % 16 == 0 else 32, "num_warps": 4}
 
 
 def _launch_fwd(
@@ -172,11 +173,12 @@ def _launch_fwd(
     out = x.new_empty(count, *x.shape)
     if out.numel() == 0:
         return out
-    tiles = batch * triton.cdiv(length, _SIZES["BLOCK_L"])
-    _causal_conv1d_fwd_kernel[(tiles * count, triton.cdiv(dim, _SIZES["BLOCK_D"]))](
-        x, weight.contiguous(), weight if bias is None else bias.contiguous(), orders.contiguous(),
-        out, batch, length, dim, *x.stride(),
-        K=count, W=width, HAS_BIAS=bias is not None, SILU=silu, NVIDIA=nvidia(), **_SIZES,
+    sizes = _sizes(dim, 16)
+    tiles = batch * triton.cdiv(length, sizes["BLOCK_L"])
+    _causal_conv1d_fwd_kernel[(tiles * count, triton.cdiv(dim, sizes["BLOCK_D"]))](
+        x, weight.mT.contiguous(), weight if bias is None else bias.contiguous(),
+        orders.contiguous(), out, batch, length, dim, *x.stride(),
+        K=count, W=width, HAS_BIAS=bias is not None, SILU=silu, NVIDIA=nvidia(), **sizes,
     )  # fmt: skip
     return out
 
@@ -198,7 +200,9 @@ def _launch_bwd(
     orders = orders.contiguous()
     inverse = torch.empty_like(orders)
     inverse.scatter_(1, orders, torch.arange(length, device=x.device).expand_as(orders))
-    tiles = batch * triton.cdiv(length, _SIZES["BLOCK_L"])
+    # Fewer rows leave registers for more programs; more rows leave fewer parts of dweight to add.
+    sizes = _sizes(dim, 16 if needs[1] or needs[2] else 8)
+    tiles = batch * triton.cdiv(length, sizes["BLOCK_L"])
     dx = x.new_empty(x.shape) if needs[0] else None
     dweight, dbias = (
         x.new_empty(shape, dtype=torch.float32) if need else None
@@ -207,11 +211,12 @@ def _launch_bwd(
             (needs[2], (tiles, count, dim)),
         )
     )
-    _causal_conv1d_bwd_kernel[(tiles, triton.cdiv(dim, _SIZES["BLOCK_D"]))](
-        dout, x, weight.contiguous(), weight if bias is None else bias.contiguous(), orders, inverse,
-        *(x if t is None else t for t in (dx, dweight, dbias)), length, dim, *dout.stride(), *x.stride(),
+    _causal_conv1d_bwd_kernel[(tiles, triton.cdiv(dim, sizes["BLOCK_D"]))](
+        dout, x, weight.mT.contiguous(), weight if bias is None else bias.contiguous(),
+        orders, inverse, *(x if t is None else t for t in (dx, dweight, dbias)),
+        length, dim, *dout.stride(), *x.stride(),
         K=count, W=width, HAS_BIAS=bias is not None, SILU=silu,
-        NEED_X=needs[0], NEED_WEIGHT=needs[1], NEED_BIAS=needs[2], NVIDIA=nvidia(), **_SIZES,
+        NEED_X=needs[0], NEED_WEIGHT=needs[1], NEED_BIAS=needs[2], NVIDIA=nvidia(), **sizes,
     )  # fmt: skip
     return [
         dx,

@@ -36,11 +36,14 @@ constexpr int W = 4;
 constexpr int TILE = 64;                   // channels of a tile: whole cache lines of any input
 constexpr int TILE_STEPS = 64;             // steps of a forward tile
 constexpr int64_t KEPT_BYTES = 512 << 10;  // decays and states kept by a thread's backward
+constexpr int MOST_STATES = 256;
 constexpr uint8_t RESET = 1, SKIP = 2;     // of kernels/reference.py
 constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.693147180559945309f;
 
 typedef float V __attribute__((vector_size(4 * W)));
 typedef int32_t VI __attribute__((vector_size(4 * W)));
+typedef uint32_t VU __attribute__((vector_size(4 * W)));
+typedef uint16_t VH __attribute__((vector_size(2 * W)));
 
 inline V load(const float* p) {
   V v;
@@ -222,31 +225,54 @@ inline void narrow(float x, Fp16* p) {
 }
 #endif
 
+inline V widen_vector(const float* p) { return load(p); }
+inline void narrow_vector(V x, float* p) { store(p, x); }
+
+inline V widen_vector(const Bf16* p) {
+  VH bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return (V)(__builtin_convertvector(bits, VU) << 16);
+}
+inline void narrow_vector(V x, Bf16* p) {
+  VU b = (VU)x, rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+  VU nan = (VU)((b & 0x7fffffff) > 0x7f800000);
+  VH bits = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), VH);
+  std::memcpy(p, &bits, sizeof bits);
+}
+
+inline V widen_vector(const Fp16* p) {
+#if defined(__F16C__) && defined(__AVX512F__) && defined(__AVX512DQ__)
+  return (V)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__) && defined(__AVX__)
+  return (V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  V x;
+  for (int i = 0; i < W; ++i) x[i] = widen(p + i);
+  return x;
+#endif
+}
+inline void narrow_vector(V x, Fp16* p) {
+#if defined(__F16C__) && defined(__AVX512F__) && defined(__AVX512DQ__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__) && defined(__AVX__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < W; ++i) narrow(x[i], p + i);
+#endif
+}
+
 template <class T>
 inline void widen_row(const T* p, int count, float* row) {
-  for (int i = 0; i < count; ++i) row[i] = widen(p + i);
+  int i = 0;
+  for (; i + W <= count; i += W) store(row + i, widen_vector(p + i));
+  for (; i < count; ++i) row[i] = widen(p + i);
 }
 template <class T>
 inline void narrow_row(const float* row, int count, T* p) {
-  for (int i = 0; i < count; ++i) narrow(row[i], p + i);
-}
-#if defined(__F16C__) && defined(__AVX__)
-template <>
-inline void widen_row(const Fp16* p, int count, float* row) {
   int i = 0;
-  for (; i + 8 <= count; i += 8)
-    _mm256_storeu_ps(row + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + i))));
-  for (; i < count; ++i) row[i] = widen(p + i);
-}
-template <>
-inline void narrow_row(const float* row, int count, Fp16* p) {
-  int i = 0;
-  for (; i + 8 <= count; i += 8)
-    _mm_storeu_si128((__m128i*)(p + i),
-                     _mm256_cvtps_ph(_mm256_loadu_ps(row + i), _MM_FROUND_TO_NEAREST_INT));
+  for (; i + W <= count; i += W) narrow_vector(load(row + i), p + i);
   for (; i < count; ++i) narrow(row[i], p + i);
 }
-#endif
 
 // Where the steps of a tile stand: first, first + 1, ..., or at the places listed.
 struct Places {
@@ -265,10 +291,7 @@ void load_tile(const T* data, int64_t row_stride, int64_t stride, Places places,
     for (int t = 0; t < steps; ++t) {
       float* row = tile + t * TILE;
       const T* p = data + places[t] * row_stride;
-      if (width == TILE)
-        widen_row(p, TILE, row);
-      else
-        widen_row(p, width, row);
+      widen_row(p, width, row);
       for (int c = width; c < lanes; ++c) row[c] = 0;
     }
     return;
@@ -282,13 +305,8 @@ template <class T>
 void store_tile(const float* tile, T* data, int64_t row_stride, int64_t stride, Places places,
                 int steps, int width) {
   if (stride == 1) {
-    for (int t = 0; t < steps; ++t) {
-      T* p = data + places[t] * row_stride;
-      if (width == TILE)
-        narrow_row(tile + t * TILE, TILE, p);
-      else
-        narrow_row(tile + t * TILE, width, p);
-    }
+    for (int t = 0; t < steps; ++t)
+      narrow_row(tile + t * TILE, width, data + places[t] * row_stride);
     return;
   }
   for (int c = 0; c < width; ++c)
@@ -466,59 +484,55 @@ inline V coefficient(const float* x, int t, int n, int state) {
   return FIXED ? load(x + n * W) : splat(x[t * state + n]);
 }
 
-// h moves through the steps; y are rows of TILE. With KEEP decays and states are written too:
-// decay[t], states[t + 1], vectors [state] each, states[0] being the beginning.
-template <int STATE, bool FIXED_B, bool FIXED_C, bool KEEP, bool OUTPUT>
-void forward_steps(const Steps& s, float* h, float* y, float* decay, float* states) {
+// Do something for each state; STATE: their number, where the compiler knows it, else 0.
+template <int STATE, class Function>
+inline void each_state(int state, const Function& function) {
+  if (STATE) {
+#pragma GCC unroll 16
+    for (int n = 0; n < STATE; ++n) function(n);
+  } else {
+    for (int n = 0; n < state; ++n) function(n);
+  }
+}
+
+// h moves through the steps; y, if it is not null, are rows of TILE. With KEEP decays and states are
+// written too: decay[t], states[t + 1], vectors [state] each, states[0] being the beginning.
+template <int STATE, bool FIXED_B, bool FIXED_C, bool KEEP>
+void forward_steps(const Steps& s, float* memory, float* y, float* decay, float* states) {
   const int state = STATE ? STATE : s.state;
-  const V D = OUTPUT ? load(s.D) : V{};
-  V local[STATE ? STATE : 1];
-  if (STATE)
-    for (int n = 0; n < STATE; ++n) local[n] = load(h + n * W);
-  if (KEEP) std::memcpy(states, h, sizeof(float) * state * W);
+  const int64_t size = int64_t(state) * W;
+  const V D = load(s.D);
+  V h[STATE ? STATE : MOST_STATES];
+  each_state<STATE>(state, [&](int n) { h[n] = load(memory + n * W); });
+  if (KEEP) std::memcpy(states, memory, sizeof(float) * size);
   for (int t = 0; t < s.steps; ++t) {
     const int flag = s.flag(t);
-    if (flag & RESET) {
-      if (STATE)
-        for (int n = 0; n < STATE; ++n) local[n] = V{};
-      else
-        std::memset(h, 0, sizeof(float) * state * W);
-    }
-    if (KEEP) {
-      decay += t ? state * W : 0;
-      states += state * W;
-    }
+    float *to_decay = decay + t * size, *to_states = states + (t + 1) * size;
+    if (flag & RESET) each_state<STATE>(state, [&](int n) { h[n] = V{}; });
     if (flag & SKIP) {
-      if (OUTPUT) store(y + t * TILE, V{});
+      if (y) store(y + t * TILE, V{});
       if (KEEP)
-        for (int n = 0; n < state; ++n) {
-          store(decay + n * W, splat(1.0f));
-          store(states + n * W, STATE ? local[STATE ? n : 0] : load(h + n * W));
-        }
+        each_state<STATE>(state, [&](int n) {
+          store(to_decay + n * W, splat(1.0f));
+          store(to_states + n * W, h[n]);
+        });
       continue;
     }
     const V step = load(s.step + t * TILE), u = load(s.u + t * TILE), moved = step * u;
     V sum[4] = {D * u, V{}, V{}, V{}};
-#pragma GCC unroll 16
-    for (int n = 0; n < state; ++n) {
-      V a = exp2(step * load(s.A + n * W));
-      V x = (STATE ? local[STATE ? n : 0] : load(h + n * W)) * a +
-            moved * coefficient<FIXED_B>(s.B, t, n, state);
-      if (STATE)
-        local[STATE ? n : 0] = x;
-      else
-        store(h + n * W, x);
+    each_state<STATE>(state, [&](int n) {
+      const V a = exp2(step * load(s.A + n * W));
+      h[n] = h[n] * a + moved * coefficient<FIXED_B>(s.B, t, n, state);
       if (KEEP) {
-        store(decay + n * W, a);
-        store(states + n * W, x);
+        store(to_decay + n * W, a);
+        store(to_states + n * W, h[n]);
       }
-      if (OUTPUT) sum[n & 3] += x * coefficient<FIXED_C>(s.C, t, n, state);
-    }
-    if (OUTPUT) store(y + t * TILE, (sum[0] + sum[1]) + (sum[2] + sum[3]));
-    if (KEEP && (flag & RESET)) std::memset(decay, 0, sizeof(float) * state * W);
+      sum[n & 3] += h[n] * coefficient<FIXED_C>(s.C, t, n, state);
+    });
+    if (y) store(y + t * TILE, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+    if (KEEP && (flag & RESET)) std::memset(to_decay, 0, sizeof(float) * size);
   }
-  if (STATE)
-    for (int n = 0; n < STATE; ++n) store(h + n * W, local[n]);
+  each_state<STATE>(state, [&](int n) { store(memory + n * W, h[n]); });
 }
 
 // What the backward's inner loop writes besides; null where not needed.
@@ -529,72 +543,69 @@ struct Sums {
   float *du, *dstep;  // rows of TILE
 };
 
+// rows += sums over the lanes of factor * vectors[n], one number for each state.
+template <int STATE>
+inline void add_lane_sums(int state, V factor, const float* vectors, float* row) {
+  for (int first = 0; first < state; first += W) {
+    V product[W];
+    for (int i = 0; i < W; ++i)
+      product[i] = first + i < state ? factor * load(vectors + (first + i) * W) : V{};
+    store(row + first, load(row + first) + sums(product));
+  }
+}
+
+// vectors += factor * others
+template <int STATE>
+inline void add_products(int state, V factor, const float* others, float* vectors) {
+  each_state<STATE>(state, [&](int n) {
+    store(vectors + n * W, load(vectors + n * W) + factor * load(others + n * W));
+  });
+}
+
 template <int STATE, bool FIXED_B, bool FIXED_C>
 void backward_steps(const Steps& s, const float* dy, const float* decay, const float* states, float* carry,
                     const Sums& to, bool need_gradient) {
-  const int state = STATE ? STATE : s.state, rows = padded(state);
+  const int state = STATE ? STATE : s.state;
+  const int64_t size = int64_t(state) * W;
   const V D = load(s.D);
-  V dD{}, g[STATE ? STATE : 256];
+  V dD{};
+  alignas(64) float g[(STATE ? STATE : MOST_STATES) * W];
   for (int t = s.steps - 1; t >= 0; --t) {
     const int flag = s.flag(t);
-    const float *a = decay + int64_t(t) * state * W, *before = states + int64_t(t) * state * W;
+    const float *a = decay + t * size, *before = states + t * size, *h = before + size;
     if (flag & SKIP) {
-      if (flag & RESET) std::memset(carry, 0, sizeof(float) * state * W);
+      if (flag & RESET) std::memset(carry, 0, sizeof(float) * size);
       if (to.du) store(to.du + t * TILE, V{});
       if (to.dstep) store(to.dstep + t * TILE, V{});
       continue;
     }
     const V y = load(dy + t * TILE), step = load(s.step + t * TILE), u = load(s.u + t * TILE);
-    const V moved = step * u;
     if (to.dD) dD += y * u;
-    if (to.dC) {
-      const float* h = before + state * W;
-      if (FIXED_C) {
-        for (int n = 0; n < state; ++n)
-          store(to.dC + n * W, load(to.dC + n * W) + y * load(h + n * W));
-      } else {
-        for (int first = 0; first < state; first += W) {
-          V product[W];
-          for (int i = 0; i < W; ++i)
-            product[i] = first + i < state ? y * load(h + (first + i) * W) : V{};
-          float* row = to.dC + int64_t(t) * rows + first;
-          store(row, load(row) + sums(product));
-        }
-      }
-    }
+    if (to.dC && FIXED_C) add_products<STATE>(state, y, h, to.dC);
+    if (to.dC && !FIXED_C) add_lane_sums<STATE>(state, y, h, to.dC + int64_t(t) * padded(state));
     if (!need_gradient) continue;
     V through[2] = {V{}, V{}};  // <B, g>
-    for (int n = 0; n < state; ++n) {
-      g[n] = load(carry + n * W) + y * coefficient<FIXED_C>(s.C, t, n, state);
-      through[n & 1] += g[n] * coefficient<FIXED_B>(s.B, t, n, state);
-    }
+    each_state<STATE>(state, [&](int n) {
+      const V x = load(carry + n * W) + y * coefficient<FIXED_C>(s.C, t, n, state);
+      store(g + n * W, x);
+      through[n & 1] += x * coefficient<FIXED_B>(s.B, t, n, state);
+    });
     const V shared = through[0] + through[1];
-    if (to.dB) {
-      if (FIXED_B) {
-        for (int n = 0; n < state; ++n) store(to.dB + n * W, load(to.dB + n * W) + g[n] * moved);
-      } else {
-        for (int first = 0; first < state; first += W) {
-          V product[W];
-          for (int i = 0; i < W; ++i) product[i] = first + i < state ? g[first + i] * moved : V{};
-          float* row = to.dB + int64_t(t) * rows + first;
-          store(row, load(row) + sums(product));
-        }
-      }
-    }
+    if (to.dB && FIXED_B) add_products<STATE>(state, step * u, g, to.dB);
+    if (to.dB && !FIXED_B) add_lane_sums<STATE>(state, step * u, g, to.dB + int64_t(t) * padded(state));
     if (to.du) store(to.du + t * TILE, step * shared + y * D);
-    V powers[2] = {V{}, V{}};  // <log2(e) A, q>
-    if (to.dstep || to.dA) {
-      for (int n = 0; n < state; ++n) {
-        V next = g[n] * load(a + n * W);
-        store(carry + n * W, next);
-        V q = next * load(before + n * W);
-        powers[n & 1] += q * load(s.A + n * W);
-        if (to.dA) store(to.dA + n * W, load(to.dA + n * W) + q * step);
-      }
-      if (to.dstep) store(to.dstep + t * TILE, (powers[0] + powers[1]) * LN_2 + u * shared);
-    } else {
-      for (int n = 0; n < state; ++n) store(carry + n * W, g[n] * load(a + n * W));
+    if (!to.dstep && !to.dA) {
+      each_state<STATE>(state, [&](int n) { store(carry + n * W, load(g + n * W) * load(a + n * W)); });
+      continue;
     }
+    V powers[2] = {V{}, V{}};  // <log2(e) A, q>
+    each_state<STATE>(state, [&](int n) {
+      const V next = load(g + n * W) * load(a + n * W), q = next * load(before + n * W);
+      store(carry + n * W, next);
+      powers[n & 1] += q * load(s.A + n * W);
+      if (to.dA) store(to.dA + n * W, load(to.dA + n * W) + q * step);
+    });
+    if (to.dstep) store(to.dstep + t * TILE, (powers[0] + powers[1]) * LN_2 + u * shared);
   }
   if (to.dD) store(to.dD, load(to.dD) + dD);
 }
@@ -602,13 +613,13 @@ void backward_steps(const Steps& s, const float* dy, const float* decay, const f
 typedef void (*Forward)(const Steps&, float*, float*, float*, float*);
 typedef void (*Backward)(const Steps&, const float*, const float*, const float*, float*, const Sums&, bool);
 
-template <bool KEEP, bool OUTPUT>
+template <bool KEEP>
 Forward choose_forward(const Scan& p) {
-  if (p.fixed_B && p.fixed_C) return forward_steps<0, true, true, KEEP, OUTPUT>;
-  if (p.fixed_B) return forward_steps<0, true, false, KEEP, OUTPUT>;
-  if (p.fixed_C) return forward_steps<0, false, true, KEEP, OUTPUT>;
-  if (p.state == 16) return forward_steps<16, false, false, KEEP, OUTPUT>;
-  return forward_steps<0, false, false, KEEP, OUTPUT>;
+  if (p.fixed_B && p.fixed_C) return forward_steps<0, true, true, KEEP>;
+  if (p.fixed_B) return forward_steps<0, true, false, KEEP>;
+  if (p.fixed_C) return forward_steps<0, false, true, KEEP>;
+  if (p.state == 16) return forward_steps<16, false, false, KEEP>;
+  return forward_steps<0, false, false, KEEP>;
 }
 
 Backward choose_backward(const Scan& p) {
@@ -707,7 +718,7 @@ void forward_tile(const Scan& p, Tile tile, Scratch& memory) {
   float *b = memory.take(TILE_STEPS * state), *c = memory.take(TILE_STEPS * state);
   float* h = memory.take(TILE * state);
   if (p.cross()) std::memset(y, 0, sizeof(float) * p.length * TILE);
-  const Forward forward = choose_forward<false, true>(p);
+  const Forward forward = choose_forward<false>(p);
   Parameters parameters(p, memory);
   for (int64_t k = 0; k < p.orders_count; ++k) {
     tile.k = k;
@@ -768,8 +779,7 @@ void backward_tile(const Scan& p, Tile tile, Partial& partial, float* dB, float*
   float *total = memory.take(tokens * TILE), *gate = memory.take(tokens * TILE);
   float *dout = memory.take(tokens * TILE);
 
-  const Forward pass = choose_forward<false, false>(p);
-  const Forward keep = need_output ? choose_forward<true, true>(p) : choose_forward<true, false>(p);
+  const Forward pass = choose_forward<false>(p), keep = choose_forward<true>(p);
   const Backward backward = choose_backward(p);
   Parameters parameters(p, memory);
 
@@ -820,6 +830,7 @@ void backward_tile(const Scan& p, Tile tile, Partial& partial, float* dB, float*
       load_tile(p.delta, k, tile.b, tile.channel, {t0, nullptr}, count, tile.width, delta);
       prepare(p, tile, parameters.bias, count, delta, step);
       if (!p.fixed_B) load_rows(p.B, tile.row, tile.b, t0, count, state, b);
+      if (!p.fixed_C) load_rows(p.C, tile.row, tile.b, t0, count, state, c);
     };
     start_states(p, tile, starts);
     for (int64_t i = 0; need_states && i + 1 < chunks; ++i) {  // the states at the beginning of each chunk
@@ -835,7 +846,6 @@ void backward_tile(const Scan& p, Tile tile, Partial& partial, float* dB, float*
       const int count = int(std::min<int64_t>(steps, p.length - t0));
       const Places places{t0, p.cross() ? p.orders + k * p.length : nullptr};
       load_inputs(t0, count);
-      if (!p.fixed_C) load_rows(p.C, tile.row, tile.b, t0, count, state, c);
       if (p.cross())
         for (int t = 0; t < count; ++t)
           std::memcpy(dy + t * TILE, dy_tokens + places[t] * TILE, sizeof(float) * TILE);
@@ -844,7 +854,7 @@ void backward_tile(const Scan& p, Tile tile, Partial& partial, float* dB, float*
       for (int v = 0; v < tile.vectors; ++v) {
         const Steps inputs = parameters.steps(p, tile, v, t0, count, step, u, b, c);
         std::memcpy(h, starts + i * TILE * state + v * size, sizeof(float) * size);
-        keep(inputs, h, y + v * W, decay, states);
+        keep(inputs, h, need_output ? y + v * W : nullptr, decay, states);
         if (!need_inner) continue;
         Sums sums{p.dA ? dA + v * size : nullptr,
                   p.dfixed_B ? dfixed_B + v * size : p.dB.data ? dB + (k * p.batch * p.length + t0) * rows : nullptr,

@@ -1,323 +1,470 @@
-"""The selective scan of Mamba, forward and backward.
+"""The selective scan of Mamba-1, forward and backward, for GPUs and CPUs.
 
     d_t = softplus(delta_t + delta_bias)        softplus only where asked for
     h_t = exp(d_t A) h_{t-1} + d_t B_t u_t      a state of N numbers for each of D channels
     y_t = <C_t, h_t> + D u_t;                   out_t = y_t silu(z_t)
 
-(Mamba, arXiv 2312.00752, equations 2 to 4 with the discretisation of its code.) The state is fp32
-whatever the inputs are. `selective_scan_fn` has mamba_ssm's signature and layout (B, D, L);
-`selective_scan` is native, (B, L, D), and can do more. Both are one `torch.library` operator,
-``emrrg_kernels::selective_scan_fwd``, so that torch.compile sees no graph break.
+(Mamba, arXiv 2312.00752, equations 2 to 4 with the discretisation of its code.) Backward, from the
+last step to the first, with dy_t = dout_t silu(z_t), a_t = exp(d_t A) and g the gradient of h:
 
-Shapes: B batch, L length, D channels, N states, G groups of channels that share B and C.
+    g_t = C_t dy_t + a_{t+1} g_{t+1};           q_t = a_t g_t h_{t-1}
+    dB_t = sum_d g_t d_t u_t;  dC_t = sum_d h_t dy_t;  dA = sum_t q_t d_t;  dD = sum_t dy_t u_t
+    du_t = d_t <B_t, g_t> + D dy_t;             dd_t = u_t <B_t, g_t> + <A, q_t>
+    dz_t = dout_t y_t silu'(z_t)
+
+Layout of the kernels. A program has 32 channels of one sequence, one warp, one channel a thread, and
+a thread holds all N states of its channel: a sum over states never leaves the thread, and the loop
+over steps has no barrier. More than 16 states are split over warps. B and C come packed in fp32, one
+row of 2 N numbers a step, read as vectors; 8.6 instructions for each (b, d, l, n) on sm_90.
+
+The forward keeps h every `KEPT` steps for the backward: N bytes for each (b, d, l), only where a
+gradient is wanted. The backward goes through pairs of steps, computes the states of a pair again and
+holds them in registers, so each exponential is taken about one and a half times. dB and dC are sums
+over channels: threads fold them over the lanes of a warp (a reduce-scatter, 16 shuffles for 16
+states where `tl.sum` takes 80), each program writes its part and a second kernel adds the parts in a
+fixed order. No atomics: gradients are equal from run to run, bit by bit.
+
+A few long sequences would leave a GPU idle. They are cut into chunks in two passes: first each chunk
+from a state of zero, which gives its last state and the factor that the first one takes, then, with
+the states at all borders known, the scan of every chunk.
+
+Names: B batch, L length, D channels, N states, G groups of channels that share B and C. A step is a
+step of the scan: with `reverse` step 0 is the last position.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import scan_cpu
-from kernels.implementations import choose
+from kernels.implementations import choose, nvidia, triton_interpreted
 from kernels.reference import scan_ref, step_flags
+from kernels.triton_math import jit, silu, silu_slope, softplus, softplus_slope, tl, triton
 
-LARGEST_STATE = 256
-_NEEDS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+LANES = 32  # channels of a program: a warp, and as many programs as there can be
+STEPS = 4  # of the forward whose loads are under way at once; 8 gain 3 %, and take more registers
+KEPT = 4  # steps between the states that the backward finds, a multiple of STEPS
+FEW_PROGRAMS = 3  # for each multiprocessor; with fewer a scan is cut into chunks
+SHORTEST_CHUNK = 64  # steps; the first pass costs two thirds of the second
 
-
-@torch.library.custom_op(
-    "emrrg_kernels::selective_scan_fwd",
-    mutates_args=(),
-    schema="(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
-    "Tensor? delta_bias, Tensor? initial_state, Tensor? flags, bool delta_softplus, bool reverse, "
-    "str implementation) -> (Tensor, Tensor)",
-)
-def _scan_fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    *inputs, implementation = args
-    with torch.autocast("cpu", enabled=False):
-        return scan_cpu.scan_forward(implementation == "native", *inputs)
+_STRIDES = ["stride_ud", "stride_dd", "stride_zd", "stride_gd", "stride_an", "stride_ad"]
+# Strides that the compiler must not know to be 1: it would give neighbouring channels to one thread.
+_OPAQUE = [*_STRIDES, "unit"]
 
 
-@_scan_fwd.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor]:
-    u, delta, A = args[:3]
-    wide = torch.promote_types(torch.promote_types(u.dtype, delta.dtype), torch.float32)
-    out = u.new_empty(u.shape)
-    return out, u.new_empty(u.shape[0], u.shape[2], A.shape[1], dtype=wide)
+@jit
+def _take(tile, k: tl.constexpr, ROWS: tl.constexpr):
+    """Row k of an fp32 tile (ROWS, ...) whose rows one thread holds: names registers, no more."""
+    here = tl.arange(0, ROWS) == k
+    if len(tile.shape) == 3:
+        here = here[:, None, None]
+    else:
+        here = here[:, None]
+    bits = tl.where(here, tile.to(tl.int32, bitcast=True), 0)
+    return tl.sum(bits, 0).to(tl.float32, bitcast=True)
 
 
-@torch.library.custom_op(
-    "emrrg_kernels::selective_scan_bwd",
-    mutates_args=(),
-    schema="(Tensor? dout, Tensor? dlast, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
-    "Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, Tensor? flags, "
-    "bool delta_softplus, bool reverse, bool[] needs, str implementation) -> Tensor[]",
-)
-def _scan_bwd(*args: Any) -> list[Tensor]:
-    *inputs, needs, implementation = args
-    with torch.autocast("cpu", enabled=False):
-        gradients = scan_cpu.scan_backward(implementation == "native", *inputs, tuple(needs))
-    return [g.contiguous() for g in gradients if g is not None]
+@jit
+def _put(tile, row, k: tl.constexpr, ROWS: tl.constexpr):
+    """The tile (ROWS, LANES) with another row k."""
+    here = tl.arange(0, ROWS) == k
+    return tl.where(here[:, None], row[None, :], tile)
 
 
-@_scan_bwd.register_fake
-def _(dout: Any, dlast: Any, *args: Any) -> list[Tensor]:
-    tensors, needs = args[: len(_NEEDS)], args[-2]
-    return [t.new_empty(t.shape) for t, need in zip(tensors, needs, strict=True) if need]
+@jit
+def _across(x, lane, BIT: tl.constexpr):
+    """The values (rows, LANES) of the lanes whose number differs in BIT: shuffles."""
+    return tl.gather(x, tl.broadcast_to((lane ^ BIT)[None, :], x.shape), 1)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, delta_softplus, reverse, implementation = inputs
-    ctx.needs = list(ctx.needs_input_grad[: len(_NEEDS)])
-    ctx.options = (delta_softplus, reverse)
-    ctx.implementation = implementation
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
+@jit
+def _fold(x, lane, BIT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, TWIST: tl.constexpr):
+    """(2 ROWS, LANES) to (ROWS, LANES): lanes that differ in BIT add up one half of the rows each.
 
-
-def _backward(ctx: Any, dout: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
-    empty = (None,) * 4
-    if dout is None and dlast is None:
-        return (*(None for _ in ctx.needs), *empty)
-    gradients = iter(
-        _scan_bwd(dout, dlast, *ctx.saved_tensors, *ctx.options, ctx.needs, ctx.implementation)
-    )
-    return (*(next(gradients) if need else None for need in ctx.needs), *empty)
-
-
-_scan_fwd.register_autograd(_backward, setup_context=_setup_context)
-
-
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    *,
-    delta_softplus: bool = False,
-    initial_state: Tensor | None = None,
-    return_last_state: bool = False,
-    reverse: bool = False,
-    position_ids: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    mask: Tensor | None = None,
-    implementation: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The selective scan in the native layout; see the module for the equation.
-
-    Gradients flow to every floating input, through the last state too; those that nothing needs are
-    not computed. They are the same bits from run to run.
-
-    Args:
-        u, delta: (B, L, D) fp32, fp16 or bf16 (fp64 by "torch" on the CPU), any strides.
-        A: (D, N), N from 1 to 256. Negative for stability; not checked. Complex A is refused.
-        B, C: (B, L, N) or (B, L, G, N), G a divisor of D; or (D, N) where they do not depend on
-            the input.
-        D, delta_bias: (D,).
-        z: (B, L, D), gates the output by silu(z).
-        delta_softplus: whether the step size passes through softplus, after the bias.
-        initial_state: (B, D, N); None: zeros.
-        return_last_state: also return the state after the last step visited.
-        reverse: visit L-1 first and 0 last; outputs stay at their places.
-        position_ids: (B, L) or (L,) integers, 0 where a sequence of a packed row begins.
-        seq_idx: (B, L) or (L,) integers, the sequence that a step belongs to (instead of
-            position_ids); the state does not pass from one to another.
-        mask: (B, L) bool, False where there is padding: the state passes, the output is 0.
-        implementation: see `kernels.implementations`; None follows the device.
-    Returns:
-        (B, L, D) in u's dtype; with `return_last_state` also (B, D, N) fp32 (fp64 for fp64).
-    Raises:
-        ValueError: shapes or devices disagree (the message names the tensor, expected and got), or
-            an implementation that cannot run there.
-        TypeError: a tensor that is not real floating point.
+    With TWIST the upper lane has its halves exchanged already (`_state_index`), for bits 4 and 8.
     """
-    _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    batch, length, _ = u.shape
-    flags = step_flags(
-        batch, length, reverse=reverse, position_ids=position_ids, seq_idx=seq_idx, mask=mask
-    )
-    tensors = (u, delta, A, B, C)
-    widest = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else u.dtype
-    chosen = choose(implementation, u.device, widest, "selective_scan")
-    if chosen == "reference":
-        return scan_ref(
-            u, delta, A, B, C, D, z, delta_bias,
-            delta_softplus=delta_softplus, initial_state=initial_state,
-            return_last_state=return_last_state, reverse=reverse, flags=flags,
-        )  # fmt: skip
-    if B.ndim == 3:
-        B = B[:, :, None]
-    if C.ndim == 3:
-        C = C[:, :, None]
-    out, last = _scan_fwd(
-        u, delta, A, B, C, D, z, delta_bias, initial_state, flags, delta_softplus, reverse, chosen
-    )
-    return (out, last) if return_last_state else out
+    pair = tl.reshape(x, [2, ROWS, LANES])
+    low = _take(pair, 0, 2)
+    high = _take(pair, 1, 2)
+    if TWIST and BIT >= 4:
+        kept, given = low, high
+    else:
+        upper = ((lane & BIT) != 0)[None, :]
+        kept, given = tl.where(upper, high, low), tl.where(upper, low, high)
+    return kept + _across(given, lane, BIT)
 
 
-def selective_scan_fn(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    return_last_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The selective scan with mamba_ssm's signature, layout and meaning: a drop-in.
+@jit
+def _lane_sums(x, lane, NP: tl.constexpr, LANES: tl.constexpr, GATHER: tl.constexpr):
+    """Sums of x (NP, LANES) over channels, each lane some of them: (ROWS, LANES), `_sum_index`."""
+    if not GATHER:
+        sums = tl.sum(x, 1)
+        if NP > 16:
+            x = tl.reshape(sums, [4, NP // 4, 1])
+            x = tl.where(tl.arange(0, 4)[:, None, None] == (lane // 4 % 4)[None, None, :], x, 0.0)
+        else:
+            x = tl.reshape(sums, [NP, 1, 1])
+            x = tl.where(tl.arange(0, NP)[:, None, None] == (lane % NP)[None, None, :], x, 0.0)
+        x = tl.sum(x, 0)
+    else:
+        if NP >= 16:
+            x = _fold(x, lane, 8, NP // 2, LANES, True)
+            x = _fold(x, lane, 4, NP // 4, LANES, True)
+        elif NP == 8:
+            x = _fold(x, lane, 4, 4, LANES, True)
+        if NP >= 4 and NP <= 16:
+            x = _fold(x, lane, 2, 2, LANES, True)
+        if NP >= 2 and NP <= 16:
+            x = _fold(x, lane, 1, 1, LANES, True)
+        if NP == 1 or NP > 16:
+            x += _across(x, lane, 1)
+        if NP <= 2 or NP > 16:
+            x += _across(x, lane, 2)
+        if NP <= 4:
+            x += _across(x, lane, 4)
+        if NP <= 8:
+            x += _across(x, lane, 8)
+        x += _across(x, lane, 16)
+        if LANES == 64:
+            x += _across(x, lane, 32)
+    return x
 
-    Args:
-        u, delta, z: (B, D, L), any strides.
-        A: (D, N), real.
-        B, C: (B, N, L) or (B, G, N, L), or (D, N) where they do not depend on the input.
-        D, delta_bias: (D,).
-        delta_softplus: whether the step size passes through softplus.
-        return_last_state: also return the last state, which is differentiable.
-    Returns:
-        (B, D, L) in u's dtype; with `return_last_state` also (B, D, N) fp32.
-    Raises:
-        ValueError, TypeError: as `selective_scan`.
+
+@jit
+def _sum_index(lane, NP: tl.constexpr):
+    """Which states the sums of `_lane_sums` are, (ROWS, LANES), and the lanes that write them."""
+    if NP > 16:
+        row = tl.arange(0, NP // 4)[:, None]
+        n = (lane // 4 % 4 * (NP // 4))[None, :] + row
+        writes = (lane < 16) & (lane % 4 == 0)
+    else:
+        n = (lane % NP)[None, :] + tl.arange(0, 1)[:, None]
+        writes = lane < NP
+    return n, writes[None, :]
+
+
+@jit
+def _state_index(lane, NP: tl.constexpr, GATHER: tl.constexpr):
+    """Which state a thread has in which place, (NP / 4, 4, LANES) or (1, NP, LANES).
+
+    Fours are contiguous, for vector loads. Lanes differ in the order of the fours, so that in the
+    first folds of `_lane_sums`, the largest, all lanes keep one half and give the other.
     """
-    result = selective_scan(
-        u.mT,
-        delta.mT,
-        A,
-        B if B.ndim == 2 else B.movedim(-1, 1),
-        C if C.ndim == 2 else C.movedim(-1, 1),
-        D,
-        None if z is None else z.mT,
-        delta_bias,
-        delta_softplus=delta_softplus,
-        return_last_state=return_last_state,
-    )
-    if isinstance(result, tuple):
-        return result[0].mT, result[1]
-    return result.mT
+    V: tl.constexpr = 4 if NP >= 4 else NP
+    Q: tl.constexpr = NP // V
+    T: tl.constexpr = 4 if Q >= 4 else Q
+    four = tl.arange(0, Q)[:, None, None]
+    if GATHER:
+        four = four ^ (lane // 4 % T * (Q // T))[None, None, :]
+    return four * V + tl.arange(0, V)[None, :, None] + (lane * 0)[None, None, :]
 
 
-def selective_state_update(
-    state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    implementation: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One step of the scan, for generation; trainable, so `state` is not written to.
+@jit
+def _place(lane, unit, NP: tl.constexpr, LANES: tl.constexpr):
+    """Places of a tile of states in a workspace, in the shape of `_state_index`."""
+    V: tl.constexpr = 4 if NP >= 4 else NP
+    row = (tl.arange(0, NP // V) * V)[:, None, None] + tl.arange(0, V)[None, :, None]
+    return row * LANES + (lane * unit)[None, None, :]
 
-    Args:
-        state: (B, D, N).
-        u, delta, z: (B, D).
-        A: (D, N).
-        B, C: (B, N) or (B, G, N).
-        D, delta_bias: (D,).
-        delta_softplus: whether the step size passes through softplus.
-        implementation: see `kernels.implementations`.
-    Returns:
-        (B, D) in u's dtype, and the new state (B, D, N) fp32 (fp64 for fp64).
-    Raises:
-        ValueError, TypeError: as `selective_scan`.
+
+@jit
+def _states(at, NP: tl.constexpr, LANES: tl.constexpr):
+    """Load a tile (NP, LANES) through addresses in the shape of `_state_index`."""
+    return tl.reshape(tl.load(at).to(tl.float32), [NP, LANES])
+
+
+@jit
+def _channel_states(
+    ptr, n, d, stride_n, stride_d, N: tl.constexpr, NP: tl.constexpr, LANES: tl.constexpr
+):
+    """Load (D, N) numbers of the program's channels as a tile (NP, LANES), zeros from N on."""
+    at = ptr + n * stride_n + (d * stride_d)[None, None, :]
+    return tl.reshape(tl.load(at, mask=n < N, other=0.0).to(tl.float32), [NP, LANES])
+
+
+@jit
+def _per_channel(ptr, d, LANES: tl.constexpr):
+    if ptr is None:
+        x = tl.zeros([LANES], tl.float32)
+    else:
+        x = tl.load(ptr + d).to(tl.float32)
+    return x
+
+
+@jit
+def _steps(ptr, t, k, stride_l, offset, mask):
+    """Load steps t + k of a channel each, (rows, LANES), fp32."""
+    at = ptr + t * stride_l + (k * stride_l + offset[None, :])
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
+def _live(flags_ptr, b, t, k, L, ok, REVERSE: tl.constexpr):
+    """Which of the steps t + k move the state; and what their exponents get, -inf at a reset."""
+    if flags_ptr is None:
+        return ok, tl.where(ok, 0.0, 0.0)
+    else:
+        step = t + k
+        if REVERSE:
+            step = L - 1 - step
+        flags = tl.load(flags_ptr + b * L + step, mask=ok, other=0)
+        return ok & ((flags & 2) == 0), tl.where((flags & 1) != 0, -float("inf"), 0.0)
+
+
+@jit
+def _decay(d, A, reset, k: tl.constexpr, ROWS: tl.constexpr, FLAGS: tl.constexpr):
+    """exp(d_k A), where A is in units of log2(e); 0 where step k is a reset."""
+    exponent = _take(d, k, ROWS)[None, :] * A
+    if FLAGS:
+        exponent += _take(reset, k, ROWS)[None, :]
+    return tl.math.exp2(exponent)
+
+
+@jit
+def _row(
+    fixed, packed_at, k: tl.constexpr, SECOND: tl.constexpr, FIXED: tl.constexpr,
+    NP: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """B (C with SECOND) at step k of a block: its own tile, or out of the packed rows."""
+    if FIXED:
+        row = fixed
+    else:
+        row = _states(packed_at + (k * 2 * NP + SECOND * NP), NP, LANES)
+    return row
+
+
+# fmt: off
+@jit
+def _pack_kernel(
+    B_ptr, C_ptr,
+    packed_ptr,  # (B, G, rows, 2, NP) fp32 contiguous, in the order of the scan
+    L, groups, rows,
+    stride_Bb, stride_Bl, stride_Bg, stride_Bn,
+    stride_Cb, stride_Cl, stride_Cg, stride_Cn,
+    N: tl.constexpr, NP: tl.constexpr, REVERSE: tl.constexpr, BLOCK_L: tl.constexpr,
+):
+    # fmt: on
+    """B and C side by side in fp32, zeros beyond L and N; what is None is left out."""
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(rows, BLOCK_L)
+    b = pid // blocks // groups
+    g = pid // blocks % groups
+    t = pid % blocks * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
+    n = tl.arange(0, NP)[None, :]
+    step = t
+    if REVERSE:
+        step = L - 1 - t
+    ok = (t < L) & (n < N)
+    at = packed_ptr + ((b * groups + g) * rows + t) * (2 * NP) + n
+    if B_ptr is not None:
+        row = B_ptr + b * stride_Bb + g * stride_Bg + step * stride_Bl + n * stride_Bn
+        tl.store(at, tl.load(row, mask=ok, other=0.0).to(tl.float32), mask=t < rows)
+    if C_ptr is not None:
+        row = C_ptr + b * stride_Cb + g * stride_Cg + step * stride_Cl + n * stride_Cn
+        tl.store(at + NP, tl.load(row, mask=ok, other=0.0).to(tl.float32), mask=t < rows)
+
+
+# fmt: off
+@jit
+def _add_parts_kernel(
+    parts_ptr,  # (B, L, G, blocks, 2, NP) fp32 contiguous, in the order of the scan
+    dB_ptr, dC_ptr,  # (B, L, G, N) contiguous
+    L, groups, blocks, rows,
+    N: tl.constexpr, NP: tl.constexpr, REVERSE: tl.constexpr, BLOCK_R: tl.constexpr,
+):
+    # fmt: on
+    """The gradients of B and C: the programs' parts, added in their order."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    n = tl.arange(0, NP)[None, :]
+    ok = (row < rows) & (n < N)
+    at = parts_ptr + row * blocks * (2 * NP) + n
+    g = row % groups
+    step = row // groups % L
+    if REVERSE:
+        step = L - 1 - step
+    to = ((row // groups // L * L + step) * groups + g) * N + n
+    if dB_ptr is not None:
+        total = tl.zeros([BLOCK_R, NP], tl.float32)
+        for block in range(blocks):
+            total += tl.load(at + block * (2 * NP), mask=ok, other=0.0)
+        tl.store(dB_ptr + to, total.to(dB_ptr.dtype.element_ty), mask=ok)
+    if dC_ptr is not None:
+        total = tl.zeros([BLOCK_R, NP], tl.float32)
+        for block in range(blocks):
+            total += tl.load(at + (block * (2 * NP) + NP), mask=ok, other=0.0)
+        tl.store(dC_ptr + to, total.to(dC_ptr.dtype.element_ty), mask=ok)
+
+
+@jit
+def _join_kernel(border_ptr, decay_ptr, chunks, size, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
+    """From what each chunk makes of zero to what each begins with; (B, chunks, size), in place.
+
+    border_{c+1} = decay_c border_c + own_c; chunk 0 begins with what it was given, and counted in.
     """
-    out = selective_scan(
-        u[:, None],
-        delta[:, None],
-        A,
-        B[:, None],
-        C[:, None],
-        D,
-        None if z is None else z[:, None],
-        delta_bias,
-        delta_softplus=delta_softplus,
-        initial_state=state,
-        return_last_state=True,
-        implementation=implementation,
-    )
-    assert isinstance(out, tuple)
-    return out[0][:, 0], out[1]
+    blocks = tl.cdiv(size, BLOCK)
+    b = tl.program_id(0).to(tl.int64) // blocks
+    offset = tl.program_id(0).to(tl.int64) % blocks * BLOCK + tl.arange(0, BLOCK)
+    ok = offset < size
+    border = tl.zeros([BLOCK], tl.float32)
+    for i in range(chunks):
+        c = i
+        if REVERSE:
+            c = chunks - 1 - i
+        at = (b * chunks + c) * size + offset
+        own = tl.load(border_ptr + at, mask=ok, other=0.0)
+        tl.store(border_ptr + at, border, mask=ok)
+        if i == 0:
+            border = own
+        else:
+            border = tl.load(decay_ptr + at, mask=ok, other=0.0) * border + own
 
 
-def describe(
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    implementation: str | None = None,
-) -> str:
-    """Which implementation of the scan runs on tensors of a device and type, in one line.
+# fmt: off
+@jit(do_not_specialize=_OPAQUE)
+def _forward_kernel(
+    u_ptr, delta_ptr, A_ptr,
+    B_ptr, C_ptr,  # (D, N) where fixed
+    packed_ptr,  # (B, G, rows, 2, NP)
+    D_ptr, z_ptr, bias_ptr, flags_ptr,
+    initial_ptr,  # (B, D, N)
+    border_ptr,  # (B, chunks, G, blocks, NP, LANES): states that chunks begin with
+    out_ptr,  # (B, L, D) contiguous
+    kept_ptr,  # (B, ceil(L / KEPT), G, blocks, NP, LANES)
+    last_ptr,  # (B, D, N) contiguous
+    own_ptr, decay_ptr,  # (B, chunks, G, blocks, NP, LANES): of the first pass
+    L, dim, groups, blocks, rows, chunk, chunks, unit,
+    stride_ub, stride_ul, stride_ud,
+    stride_db, stride_dl, stride_dd,
+    stride_zb, stride_zl, stride_zd,
+    stride_an, stride_ad,
+    stride_Bn, stride_Bd, stride_Cn, stride_Cd,
+    stride_ib, stride_in, stride_id,
+    N: tl.constexpr, NP: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, GATHER: tl.constexpr, NVIDIA: tl.constexpr,
+):
+    # fmt: on
+    """A program takes its channels through a chunk. Without out_ptr: the first pass over chunks."""
+    FLAGS: tl.constexpr = flags_ptr is not None
+    B_FIXED: tl.constexpr = B_ptr is not None
+    C_FIXED: tl.constexpr = C_ptr is not None
+    pid = tl.program_id(0).to(tl.int64)
+    block = pid % (groups * blocks)  # of all channels; neighbours share B and C
+    c = pid // (groups * blocks) % chunks
+    b = pid // (groups * blocks) // chunks
+    g = block // blocks
+    width = dim // groups
+    lane = tl.arange(0, LANES)
+    inner = block % blocks * LANES + lane
+    valid = inner < width
+    d = g * width + tl.minimum(inner, width - 1)
+    n = _state_index(lane, NP, GATHER)
+    begin = c * chunk
+    end = tl.minimum(begin + chunk, L)
 
-    Raises:
-        ValueError: none can run there.
-    """
-    device = torch.device(device)
-    chosen = choose(implementation, device, dtype, "selective_scan")
-    how = "asked for" if implementation else f"the default on {device.type}"
-    return f"selective_scan: {chosen} ({how}, {str(dtype).removeprefix('torch.')})"
+    A = _channel_states(A_ptr, n, d, stride_an, stride_ad, N, NP, LANES) * 1.4426950408889634
+    bias = _per_channel(bias_ptr, d, LANES)
+    skip = _per_channel(D_ptr, d, LANES)
+    fixed_B = A
+    fixed_C = A
+    if B_FIXED:
+        fixed_B = _channel_states(B_ptr, n, d, stride_Bn, stride_Bd, N, NP, LANES)
+    if C_FIXED:
+        fixed_C = _channel_states(C_ptr, n, d, stride_Cn, stride_Cd, N, NP, LANES)
+    u_row = u_ptr + b * stride_ub
+    delta_row = delta_ptr + b * stride_db
+    z_row = z_ptr
+    if z_ptr is not None:
+        z_row = z_ptr + b * stride_zb
+    out_step = dim
+    out_row = out_ptr
+    if out_ptr is not None:
+        out_row = out_ptr + b * L * dim
+    if REVERSE:
+        u_row += (L - 1) * stride_ul
+        delta_row += (L - 1) * stride_dl
+        stride_ul = -stride_ul
+        stride_dl = -stride_dl
+        if z_ptr is not None:
+            z_row += (L - 1) * stride_zl
+            stride_zl = -stride_zl
+        if out_ptr is not None:
+            out_row += (L - 1) * dim
+            out_step = -dim
+    offset_u = d * stride_ud
+    offset_d = d * stride_dd
+    offset_z = d * stride_zd
+    offset_o = d * unit
+    place = _place(lane, unit, NP, LANES)
+    packed_at = packed_ptr
+    if packed_ptr is not None:
+        packed_at = packed_ptr + ((b * groups + g) * rows + begin) * (2 * NP) + n
+    kept_at = kept_ptr
+    if kept_ptr is not None:
+        many = tl.cdiv(L, KEPT)
+        kept_at = kept_ptr + ((b * many + begin // KEPT) * groups * blocks + block) * (NP * LANES)
+    tile = ((b * chunks + c) * groups * blocks + block) * (NP * LANES)
 
+    h = A * 0.0
+    if initial_ptr is not None:
+        if c == 0:
+            initial = initial_ptr + b * stride_ib
+            h = _channel_states(initial, n, d, stride_in, stride_id, N, NP, LANES)
+    if border_ptr is not None:
+        if c > 0:
+            h = _states(border_ptr + tile + place, NP, LANES)
+    sum_d = tl.zeros([LANES], tl.float32)
+    k = tl.arange(0, STEPS)[:, None].to(tl.int64)
+    for t in range(begin, end, STEPS):
+        ok = k < end - t
+        u = _steps(u_row, t, k, stride_ul, offset_u, ok)
+        step = _steps(delta_row, t, k, stride_dl, offset_d, ok) + bias[None, :]
+        if SOFTPLUS:
+            step = softplus(step)
+        live, reset = _live(flags_ptr, b, t, k, L, ok, REVERSE)
+        step = tl.where(live, step, 0.0)
+        if FLAGS:
+            u = tl.where(live, u, 0.0)
+            reset = tl.broadcast_to(reset, step.shape)
+        x = step * u
+        y = tl.zeros([STEPS, LANES], tl.float32)
+        for i in tl.static_range(STEPS):
+            if kept_ptr is not None and i % KEPT == 0:
+                tl.store(kept_at + place, tl.reshape(h, place.shape))
+            B = _row(fixed_B, packed_at, i, 0, B_FIXED, NP, LANES)
+            h = _decay(step, A, reset, i, STEPS, FLAGS) * h + _take(x, i, STEPS)[None, :] * B
+            if out_ptr is not None:
+                C = _row(fixed_C, packed_at, i, 1, C_FIXED, NP, LANES)
+                y = _put(y, tl.sum(h * C, 0), i, STEPS)
+        if out_ptr is not None:
+            y += skip[None, :] * u
+            if FLAGS:
+                y = tl.where(live, y, 0.0)
+            if z_ptr is not None:
+                y *= silu(_steps(z_row, t, k, stride_zl, offset_z, ok), NVIDIA)
+            at = out_row + t * out_step + (k * out_step + offset_o[None, :])
+            tl.store(at, y.to(out_ptr.dtype.element_ty), mask=ok & valid[None, :])
+        else:
+            sum_d += tl.sum(step, 0)
+            if FLAGS:
+                sum_d += tl.sum(-reset, 0)
+        if packed_ptr is not None:
+            packed_at += STEPS * 2 * NP
+        if kept_ptr is not None:
+            kept_at += STEPS // KEPT * groups * blocks * (NP * LANES)
 
-def _check(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-) -> None:
-    if A.is_complex() or B.is_complex() or C.is_complex():
-        raise TypeError("selective_scan: A, B and C must be real; complex ones are not supported")
-    if u.ndim != 3 or A.ndim != 2:
-        raise ValueError(
-            f"selective_scan: u has shape {tuple(u.shape)}, expected three axes, and A "
-            f"{tuple(A.shape)}, expected (D, N)"
-        )
-    batch, length, dim = u.shape
-    state = A.shape[1]
-    if not 1 <= state <= LARGEST_STATE:
-        raise ValueError(f"selective_scan: A has {state} states, expected 1 to {LARGEST_STATE}")
-    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
-        "delta": (delta, (batch, length, dim)),
-        "A": (A, (dim, state)),
-        "D": (D, (dim,)),
-        "z": (z, (batch, length, dim)),
-        "delta_bias": (delta_bias, (dim,)),
-        "initial_state": (initial_state, (batch, dim, state)),
-    }
-    for name, tensor in (("B", B), ("C", C)):
-        shape: tuple[int, ...] = (dim, state)
-        if tensor.ndim == 3:
-            shape = (batch, length, state)
-        elif tensor.ndim == 4:
-            groups = tensor.shape[2]
-            shape = (batch, length, groups, state)
-            if groups < 1 or dim % groups:
-                raise ValueError(
-                    f"selective_scan: {name} has {groups} groups, which do not divide {dim} channels"
-                )
-        expected[name] = (tensor, shape)
-    for name, (tensor, shape) in expected.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"selective_scan: {name} has shape {tuple(tensor.shape)}, expected {shape}"
-            )
-        if tensor.device != u.device:
-            raise ValueError(f"selective_scan: {name} is on {tensor.device}, u on {u.device}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"selective_scan: {name} is {tensor.dtype}, expected floating point")
-    if not u.is_floating_point():
-        raise TypeError(f"selective_scan: u is {u.dtype}, expected floating point")
+    if last_ptr is not None:
+        if c == chunks - 1:
+            to = tl.reshape(n, [NP, LANES])
+            at = last_ptr + (b * dim + d[None, :]) * N + to
+            tl.store(at, h, mask=valid[None, :] & (to < N))
+    if own_ptr is not None:
+        tl.store(own_ptr + tile + place, tl.reshape(h, place.shape))
+        decay = tl.math.exp2(sum_d[None, :] * A)
+        if FLAGS:
+            decay = tl.where((sum_d == float("inf"))[None, :], 0.0, decay)
+        tl.store(decay_ptr + tile + place, tl.reshape(decay, place.shape))

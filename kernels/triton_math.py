@@ -24,11 +24,11 @@ except ImportError:
     triton = tl = None
 
 
-def _unchanged(fn: Any) -> Any:
-    return fn
+def _unchanged(fn: Any = None, **options: Any) -> Any:
+    return fn or _unchanged
 
 
-jit: Callable[[Any], Any] = triton.jit if triton else _unchanged
+jit: Callable[..., Any] = triton.jit if triton else _unchanged
 
 
 @jit

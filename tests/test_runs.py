@@ -89,12 +89,12 @@ def test_a_damaged_file_is_named(run: Path, file: str, damage: str) -> None:
 
 
 def test_folders_that_are_no_run(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is not a run folder .no such folder"):
+    with pytest.raises(InputError, match=r"is not a run folder .no such folder"):
         emrrg.load(tmp_path / "nothing")
     with pytest.raises(InputError, match=r"is not a run folder .holds no base/model\.json"):
         emrrg.load(tmp_path)
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(InputError, match="holds no checkpoint .* train first"):
+    with pytest.raises(InputError, match=r"holds no checkpoint .* train first"):
         emrrg.load(run)
 
 
@@ -182,8 +182,9 @@ def test_what_is_held_in_half_precision(trained: Path) -> None:
 
 def test_what_stays_in_the_folder_of_a_language_model(trained: Path) -> None:
     model = load_run(trained)
-    names = ["llama_model.model.norm.weight", "llama_model.model.layers.0.cross_attn.alpha",
-             "llama_model.model.layers.0.self_attn.q_proj.lora_llm.A", "llama_proj.bias"]  # fmt: skip
+    layer = "llama_model.model.layers.0"
+    names = ["llama_model.model.norm.weight", f"{layer}.cross_attn.alpha",
+             f"{layer}.self_attn.q_proj.lora_llm.A", "llama_proj.bias"]  # fmt: skip
     assert not any(stays_in_llm_folder(model, name) for name in names)
     object.__setattr__(model.config, "llm", "somewhere")
     assert [stays_in_llm_folder(model, name) for name in names] == [True, False, False, False]
