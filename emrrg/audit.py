@@ -79,7 +79,7 @@ class AuditConfig:
     report_tokens: int = 100
     """Report tokens of a study."""
     checkpointing: bool = False
-    """Recompute the encoder's blocks in the backward pass."""
+    """Recompute the encoder's blocks and the decoder's layers in the backward pass."""
     measure: bool = False
     """Also run the step of encoder and projector, on CUDA where there is one, else on the CPU."""
     json: str | None = None
@@ -123,6 +123,7 @@ class System(nn.Module):
         self.layer_norm = nn.LayerNorm(width)
         if decoder is not None:
             self.llama_model = Decoder(decoder).to(DTYPES[config.llm_dtype])
+            self.llama_model.checkpointing = config.checkpointing
             if config.hybrid_every:
                 count = decoder.num_hidden_layers
                 self.llama_model.add_hybrid_layers(range(0, count, config.hybrid_every))

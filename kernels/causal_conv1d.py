@@ -239,6 +239,7 @@ def _causal_conv1d_fwd(
     silu: bool,
     implementation: str,
 ) -> Tensor:
+    check_orders("causal_conv1d", orders)
     if implementation == "triton":
         return _launch_fwd(x, weight, bias, orders, silu)
     with torch.autocast("cpu", enabled=False):
@@ -247,7 +248,7 @@ def _causal_conv1d_fwd(
 
 @_causal_conv1d_fwd.register_fake
 def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(len(weight), *x.shape)
+    return x.new_empty(weight.shape[0], *x.shape)
 
 
 @torch.library.custom_op(
@@ -348,6 +349,24 @@ def causal_conv1d(
     if chosen == "reference":
         return causal_conv1d_ref(x, weight, bias, orders, activation)
     return _causal_conv1d_fwd(x, weight, bias, orders, activation == "silu", chosen)
+
+
+def check_orders(name: str, orders: Tensor) -> None:
+    """Refuse orders that are no permutations; on the CPU alone, a GPU would have to be waited for.
+
+    Args:
+        name: the operation, for the message.
+        orders: (K, L) int64.
+    Raises:
+        ValueError: a row is no permutation of 0 ... L-1.
+    """
+    if orders.device.type != "cpu" or orders.numel() == 0:
+        return
+    length = orders.shape[1]
+    visited = torch.zeros_like(orders, dtype=torch.bool)
+    inside = orders.min() >= 0 and orders.max() < length
+    if not inside or not visited.scatter_(1, orders, True).all():
+        raise ValueError(f"{name}: a row of orders is no permutation of 0 ... {length - 1}")
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, orders: Tensor) -> None:

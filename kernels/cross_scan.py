@@ -40,12 +40,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from kernels import scan_cpu
+from kernels.causal_conv1d import check_orders
 from kernels.implementations import choose, nvidia
 from kernels.reference import cross_scan_ref
 from kernels.triton_math import jit, silu, silu_slope, softplus, softplus_slope, tl, triton
 
 STEPS = 64  # between the states that the backward keeps
 MANY_PROGRAMS = 1024  # two warps on each of the schedulers of a large GPU
+SCATTER = hasattr(tl, "gather")  # not in Triton 3.2
 
 
 @jit
@@ -644,7 +646,7 @@ def _launch_bwd(
         batch, length, dim, *dout.stride(),
         *u.stride(), *delta.stride(), *B.stride()[:3], *C.stride()[:3], *z.stride(),
         K=count, N=state, STEPS=STEPS, LANES=sizes["BLOCK_D"] // sizes["CHANNELS"],
-        SCATTER=hasattr(tl, "gather") and state <= 32,
+        SCATTER=SCATTER and state <= 32,
         PARALLEL=parallel, NVIDIA=nvidia(),
         **{f"NEED_{name}": need for name, need in zip(_NEEDS, needs, strict=True)},
         **sizes, **registers,
@@ -691,6 +693,7 @@ _NEEDS = ("U", "DELTA", "A", "B", "C", "D", "Z", "BIAS")
 )
 def _cross_scan_fwd(*args: Any) -> Tensor:
     *tensors, implementation = args
+    check_orders("cross_scan", tensors[-1])
     if implementation == "triton":
         return _launch_fwd(*tensors)
     with torch.autocast("cpu", enabled=False):

@@ -33,7 +33,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
+FLAGS = ("-std=c++17", "-O2", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
 # Tried in this order: a compiler may know no OpenMP (then threads are the source's own), or no
 # -march=native.
 VARIANTS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())

@@ -286,9 +286,7 @@ def causal_conv1d_ref(
     outs = []
     for k, order in enumerate(orders):
         padded = F.pad(x.to(dtype)[:, order], (0, 0, width - 1, 0))  # (B, W-1+L, D)
-        mixed = sum(
-            padded[:, w : w + x.shape[1]] * weight[k, :, w].to(dtype) for w in range(width)
-        )
+        mixed = sum(padded[:, w : w + x.shape[1]] * weight[k, :, w].to(dtype) for w in range(width))
         assert isinstance(mixed, Tensor)
         if bias is not None:
             mixed = mixed + bias[k].to(dtype)
@@ -346,9 +344,9 @@ class LowRank(Protocol):
     """What `lora_linear_ref` reads of a slice: scale * B (A x) added to rows from `start`."""
 
     @property
-    def A(self) -> Tensor: ...
+    def A(self) -> Tensor: ...  # noqa: N802
     @property
-    def B(self) -> Tensor: ...
+    def B(self) -> Tensor: ...  # noqa: N802
     @property
     def scale(self) -> float: ...
     @property

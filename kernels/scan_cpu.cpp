@@ -296,9 +296,17 @@ void load_tile(const T* data, int64_t row_stride, int64_t stride, Places places,
     }
     return;
   }
-  for (int c = 0; c < lanes; ++c)
-    for (int t = 0; t < steps; ++t)
-      tile[t * TILE + c] = c < width ? widen(data + places[t] * row_stride + c * stride) : 0;
+  const bool whole = row_stride == 1 && !places.list;  // steps stand side by side
+  for (int c = 0; c < lanes; ++c) {
+    const T* p = data + c * stride;
+    int t = 0;
+    if (c < width && whole)
+      for (; t + W <= steps; t += W) {
+        const V x = widen_vector(p + places[t]);
+        for (int i = 0; i < W; ++i) tile[(t + i) * TILE + c] = x[i];
+      }
+    for (; t < steps; ++t) tile[t * TILE + c] = c < width ? widen(p + places[t] * row_stride) : 0;
+  }
 }
 
 template <class T>

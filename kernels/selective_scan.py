@@ -17,7 +17,7 @@ a thread holds all N states of its channel: a sum over states never leaves the t
 over steps has no barrier. More than 16 states are split over warps. B and C come packed in fp32, one
 row of 2 N numbers a step, read as vectors; 8.6 instructions for each (b, d, l, n) on sm_90.
 
-The forward keeps h every `KEPT` steps for the backward: N bytes for each (b, d, l), only where a
+The forward keeps h every `STEPS` steps for the backward: N bytes for each (b, d, l), only where a
 gradient is wanted. The backward goes through pairs of steps, computes the states of a pair again and
 holds them in registers, so each exponential is taken about one and a half times. dB and dC are sums
 over channels: threads fold them over the lanes of a warp (a reduce-scatter, 16 shuffles for 16
@@ -46,8 +46,7 @@ from kernels.reference import scan_ref, step_flags
 from kernels.triton_math import jit, silu, silu_slope, softplus, softplus_slope, tl, triton
 
 LANES = 32  # channels of a program: a warp, and as many programs as there can be
-STEPS = 4  # of the forward whose loads are under way at once; 8 gain 3 %, and take more registers
-KEPT = 4  # steps between the states that the backward finds, a multiple of STEPS
+STEPS = 4  # of a block: the forward loads them at once, the backward finds the state before them
 FEW_PROGRAMS = 3  # for each multiprocessor; with fewer a scan is cut into chunks
 SHORTEST_CHUNK = 64  # steps; the first pass costs two thirds of the second
 
@@ -333,7 +332,7 @@ def _forward_kernel(
     initial_ptr,  # (B, D, N)
     border_ptr,  # (B, chunks, G, blocks, NP, LANES): states that chunks begin with
     out_ptr,  # (B, L, D) contiguous
-    kept_ptr,  # (B, ceil(L / KEPT), G, blocks, NP, LANES)
+    kept_ptr,  # (B, ceil(L / STEPS), G, blocks, NP, LANES): states before each block of steps
     last_ptr,  # (B, D, N) contiguous
     own_ptr, decay_ptr,  # (B, chunks, G, blocks, NP, LANES): of the first pass
     L, dim, groups, blocks, rows, chunk, chunks, unit,
@@ -344,7 +343,6 @@ def _forward_kernel(
     stride_Bn, stride_Bd, stride_Cn, stride_Cd,
     stride_ib, stride_in, stride_id,
     N: tl.constexpr, NP: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
-    KEPT: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, GATHER: tl.constexpr, NVIDIA: tl.constexpr,
 ):
     # fmt: on
@@ -405,8 +403,8 @@ def _forward_kernel(
         packed_at = packed_ptr + ((b * groups + g) * rows + begin) * (2 * NP) + n
     kept_at = kept_ptr
     if kept_ptr is not None:
-        many = tl.cdiv(L, KEPT)
-        kept_at = kept_ptr + ((b * many + begin // KEPT) * groups * blocks + block) * (NP * LANES)
+        kept = b * tl.cdiv(L, STEPS) + begin // STEPS
+        kept_at = kept_ptr + (kept * groups * blocks + block) * (NP * LANES)
     tile = ((b * chunks + c) * groups * blocks + block) * (NP * LANES)
 
     h = A * 0.0
@@ -432,9 +430,10 @@ def _forward_kernel(
             reset = tl.broadcast_to(reset, step.shape)
         x = step * u
         y = tl.zeros([STEPS, LANES], tl.float32)
+        if kept_ptr is not None:
+            tl.store(kept_at + place, tl.reshape(h, place.shape))
+            kept_at += groups * blocks * (NP * LANES)
         for i in tl.static_range(STEPS):
-            if kept_ptr is not None and i % KEPT == 0:
-                tl.store(kept_at + place, tl.reshape(h, place.shape))
             B = _row(fixed_B, packed_at, i, 0, B_FIXED, NP, LANES)
             h = _decay(step, A, reset, i, STEPS, FLAGS) * h + _take(x, i, STEPS)[None, :] * B
             if out_ptr is not None:
@@ -454,8 +453,6 @@ def _forward_kernel(
                 sum_d += tl.sum(-reset, 0)
         if packed_ptr is not None:
             packed_at += STEPS * 2 * NP
-        if kept_ptr is not None:
-            kept_at += STEPS // KEPT * groups * blocks * (NP * LANES)
 
     if last_ptr is not None:
         if c == chunks - 1:
@@ -468,3 +465,711 @@ def _forward_kernel(
         if FLAGS:
             decay = tl.where((sum_d == float("inf"))[None, :], 0.0, decay)
         tl.store(decay_ptr + tile + place, tl.reshape(decay, place.shape))
+
+
+@jit
+def _forward_step(
+    h, d, x, A, reset, B, k: tl.constexpr, ROWS: tl.constexpr, FLAGS: tl.constexpr
+):
+    """exp(d A) and the next state."""
+    a = _decay(d, A, reset, k, ROWS, FLAGS)
+    return a, a * h + _take(x, k, ROWS)[None, :] * B
+
+
+@jit
+def _two_inputs(
+    u_row, delta_row, flags_ptr, b, t, k, end, L, stride_ul, stride_dl, offset_u, offset_d, bias,
+    REVERSE: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """u, delta + bias, which of the two steps are live, and resets."""
+    ok = k < end - t
+    u = _steps(u_row, t, k, stride_ul, offset_u, ok)
+    raw = _steps(delta_row, t, k, stride_dl, offset_d, ok) + bias[None, :]
+    live, reset = _live(flags_ptr, b, t, k, L, ok, REVERSE)
+    if FLAGS:
+        u = tl.where(live, u, 0.0)
+        reset = tl.broadcast_to(reset, u.shape)
+    return u, raw, ok, live, reset
+
+
+@jit
+def _write_lane_sums(at, x, lane, NP: tl.constexpr, LANES: tl.constexpr, GATHER: tl.constexpr):
+    n, writes = _sum_index(lane, NP)
+    tl.store(at + n, _lane_sums(x, lane, NP, LANES, GATHER), mask=writes)
+
+
+# fmt: off
+@jit(do_not_specialize=_OPAQUE)
+def _backward_kernel(
+    dout_ptr,
+    dlast_ptr,  # (B, D, N)
+    kept_ptr,  # (B, ceil(L / STEPS), G, blocks, NP, LANES)
+    border_ptr,  # (B, chunks, G, blocks, NP, LANES): gradients of the states that chunks end with
+    u_ptr, delta_ptr, A_ptr,
+    B_ptr, C_ptr,  # (D, N) where fixed
+    packed_ptr,  # (B, G, rows, 2, NP)
+    D_ptr, z_ptr, bias_ptr, flags_ptr,
+    du_ptr, ddelta_ptr, dz_ptr,  # (B, L, D) contiguous
+    parts_ptr,  # (B, L, G, blocks, 2, NP): of dB and dC
+    dA_ptr, dB_ptr, dC_ptr,  # (B, chunks, N, D): parts, dB and dC where fixed
+    dD_ptr, dbias_ptr,  # (B, chunks, D): parts
+    dinitial_ptr,  # (B, D, N) contiguous
+    L, dim, groups, blocks, rows, chunk, chunks, unit,
+    stride_gb, stride_gl, stride_gd,
+    stride_lb, stride_ln, stride_ld,
+    stride_ub, stride_ul, stride_ud,
+    stride_db, stride_dl, stride_dd,
+    stride_zb, stride_zl, stride_zd,
+    stride_an, stride_ad,
+    stride_Bn, stride_Bd, stride_Cn, stride_Cd,
+    N: tl.constexpr, NP: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, GATHER: tl.constexpr, NVIDIA: tl.constexpr,
+    NEED_B: tl.constexpr, NEED_C: tl.constexpr,
+):
+    # fmt: on
+    """A program takes its channels back through a chunk, two steps at a time."""
+    FLAGS: tl.constexpr = flags_ptr is not None
+    B_FIXED: tl.constexpr = B_ptr is not None
+    C_FIXED: tl.constexpr = C_ptr is not None
+    pid = tl.program_id(0).to(tl.int64)
+    block = pid % (groups * blocks)
+    c = pid // (groups * blocks) % chunks
+    b = pid // (groups * blocks) // chunks
+    g = block // blocks
+    width = dim // groups
+    lane = tl.arange(0, LANES)
+    inner = block % blocks * LANES + lane
+    valid = inner < width
+    d = g * width + tl.minimum(inner, width - 1)
+    n = _state_index(lane, NP, GATHER)
+    begin = c * chunk
+    end = tl.minimum(begin + chunk, L)
+
+    A = _channel_states(A_ptr, n, d, stride_an, stride_ad, N, NP, LANES) * 1.4426950408889634
+    bias = _per_channel(bias_ptr, d, LANES)
+    skip = _per_channel(D_ptr, d, LANES)
+    fixed_B = A
+    fixed_C = A
+    if B_FIXED:
+        fixed_B = _channel_states(B_ptr, n, d, stride_Bn, stride_Bd, N, NP, LANES)
+    if C_FIXED:
+        fixed_C = _channel_states(C_ptr, n, d, stride_Cn, stride_Cd, N, NP, LANES)
+    dout_row = dout_ptr + b * stride_gb
+    u_row = u_ptr + b * stride_ub
+    delta_row = delta_ptr + b * stride_db
+    z_row = z_ptr
+    if z_ptr is not None:
+        z_row = z_ptr + b * stride_zb
+    to_row = b * L * dim
+    to_step = dim
+    if REVERSE:
+        dout_row += (L - 1) * stride_gl
+        u_row += (L - 1) * stride_ul
+        delta_row += (L - 1) * stride_dl
+        stride_gl = -stride_gl
+        stride_ul = -stride_ul
+        stride_dl = -stride_dl
+        if z_ptr is not None:
+            z_row += (L - 1) * stride_zl
+            stride_zl = -stride_zl
+        to_row += (L - 1) * dim
+        to_step = -dim
+    offset_g = d * stride_gd
+    offset_u = d * stride_ud
+    offset_d = d * stride_dd
+    offset_z = d * stride_zd
+    offset_o = d * unit
+    place = _place(lane, unit, NP, LANES)
+    packed_row = packed_ptr
+    if packed_ptr is not None:
+        packed_row = packed_ptr + (b * groups + g) * rows * (2 * NP)
+    kept_row = kept_ptr + (b * tl.cdiv(L, STEPS) * groups * blocks + block) * (NP * LANES)
+    parts_row = parts_ptr
+    if parts_ptr is not None:
+        parts_row = parts_ptr + (b * L * groups * blocks + block) * (2 * NP)
+
+    carry = A * 0.0
+    if dlast_ptr is not None:
+        if c == chunks - 1:
+            dlast = dlast_ptr + b * stride_lb
+            carry = _channel_states(dlast, n, d, stride_ln, stride_ld, N, NP, LANES)
+            carry = tl.where(valid[None, :], carry, 0.0)
+    if border_ptr is not None:
+        if c < chunks - 1:
+            tile = ((b * chunks + c) * groups * blocks + block) * (NP * LANES)
+            carry = _states(border_ptr + tile + place, NP, LANES)
+    dA = A * 0.0
+    dB = A * 0.0
+    dC = A * 0.0
+    dD = tl.zeros([LANES], tl.float32)
+    dbias = tl.zeros([LANES], tl.float32)
+    k = tl.arange(0, 2)[:, None].to(tl.int64)
+    pairs = tl.cdiv(end - begin, 2)
+    for i in range(pairs):
+        # The compiler must not see how t moves: it would keep a pointer for every tensor.
+        t = begin + (((pairs - 1 - i) * 2) ^ (unit - 1))
+        h = _states(kept_row + t // STEPS * groups * blocks * (NP * LANES) + place, NP, LANES)
+        for j in range(t % STEPS // 2):
+            before = t // STEPS * STEPS + j * 2
+            u, step, ok, live, reset = _two_inputs(
+                u_row, delta_row, flags_ptr, b, before, k, end, L, stride_ul, stride_dl,
+                offset_u, offset_d, bias, REVERSE, FLAGS,
+            )  # fmt: skip
+            if SOFTPLUS:
+                step = softplus(step)
+            step = tl.where(live, step, 0.0)
+            packed_at = packed_row
+            if packed_ptr is not None:
+                packed_at = packed_row + before * (2 * NP) + n
+            for m in tl.static_range(2):
+                B = _row(fixed_B, packed_at, m, 0, B_FIXED, NP, LANES)
+                _, h = _forward_step(h, step, step * u, A, reset, B, m, 2, FLAGS)
+
+        u, raw, ok, live, reset = _two_inputs(
+            u_row, delta_row, flags_ptr, b, t, k, end, L, stride_ul, stride_dl,
+            offset_u, offset_d, bias, REVERSE, FLAGS,
+        )  # fmt: skip
+        inside = ok & valid[None, :]
+        moving = live & valid[None, :]
+        dout = _steps(dout_row, t, k, stride_gl, offset_g, inside)
+        if SOFTPLUS:
+            step, slope = softplus_slope(raw, NVIDIA)
+        else:
+            step = raw
+            slope = tl.full(raw.shape, 1.0, tl.float32)
+        step = tl.where(live, step, 0.0)
+        slope = tl.where(moving, slope, 0.0)
+        if FLAGS:
+            dout = tl.where(live, dout, 0.0)
+        dy = dout
+        if z_ptr is not None:
+            z = _steps(z_row, t, k, stride_zl, offset_z, ok)
+            gate, gate_slope = silu_slope(z, NVIDIA)
+            dy = dout * gate
+        x = step * u
+        packed_at = packed_row
+        if packed_ptr is not None:
+            packed_at = packed_row + t * (2 * NP) + n
+        parts_at = parts_row
+        parts_step = groups * blocks * (2 * NP)
+        if parts_ptr is not None:
+            parts_at = parts_row + t * parts_step
+
+        a0, h1 = _forward_step(
+            h, step, x, A, reset, _row(fixed_B, packed_at, 0, 0, B_FIXED, NP, LANES), 0, 2, FLAGS
+        )
+        a1, h2 = _forward_step(
+            h1, step, x, A, reset, _row(fixed_B, packed_at, 1, 0, B_FIXED, NP, LANES), 1, 2, FLAGS
+        )
+        if dz_ptr is not None:
+            y = skip[None, :] * u
+            C = _row(fixed_C, packed_at, 0, 1, C_FIXED, NP, LANES)
+            y = _put(y, _take(y, 0, 2) + tl.sum(h1 * C, 0), 0, 2)
+            C = _row(fixed_C, packed_at, 1, 1, C_FIXED, NP, LANES)
+            y = _put(y, _take(y, 1, 2) + tl.sum(h2 * C, 0), 1, 2)
+            at = dz_ptr + to_row + t * to_step + (k * to_step + offset_o[None, :])
+            tl.store(at, (dout * gate_slope * y).to(dz_ptr.dtype.element_ty), mask=inside)
+        if NEED_C:
+            p0 = h1 * _take(dy, 0, 2)[None, :]
+            p1 = h2 * _take(dy, 1, 2)[None, :]
+            if C_FIXED:
+                dC += p0 + p1
+            else:
+                _write_lane_sums(parts_at + NP, p0, lane, NP, LANES, GATHER)
+                if t + 1 < end:
+                    _write_lane_sums(parts_at + (parts_step + NP), p1, lane, NP, LANES, GATHER)
+
+        g1 = _take(dy, 1, 2)[None, :] * _row(fixed_C, packed_at, 1, 1, C_FIXED, NP, LANES) + carry
+        s1 = tl.sum(g1 * _row(fixed_B, packed_at, 1, 0, B_FIXED, NP, LANES), 0)
+        carry = g1 * a1
+        q1 = carry * h1
+        g0 = _take(dy, 0, 2)[None, :] * _row(fixed_C, packed_at, 0, 1, C_FIXED, NP, LANES) + carry
+        s0 = tl.sum(g0 * _row(fixed_B, packed_at, 0, 0, B_FIXED, NP, LANES), 0)
+        carry = g0 * a0
+        q0 = carry * h
+        if NEED_B:
+            p0 = g0 * _take(x, 0, 2)[None, :]
+            p1 = g1 * _take(x, 1, 2)[None, :]
+            if B_FIXED:
+                dB += p0 + p1
+            else:
+                _write_lane_sums(parts_at, p0, lane, NP, LANES, GATHER)
+                if t + 1 < end:
+                    _write_lane_sums(parts_at + parts_step, p1, lane, NP, LANES, GATHER)
+        if dA_ptr is not None:
+            dA += q0 * _take(step, 0, 2)[None, :] + q1 * _take(step, 1, 2)[None, :]
+        if dD_ptr is not None:
+            dD += tl.sum(dy * u, 0)
+        s = _put(_put(u, s0, 0, 2), s1, 1, 2)
+        if du_ptr is not None:
+            du = step * s + skip[None, :] * dy
+            at = du_ptr + to_row + t * to_step + (k * to_step + offset_o[None, :])
+            tl.store(at, du.to(du_ptr.dtype.element_ty), mask=inside)
+        if ddelta_ptr is not None or dbias_ptr is not None:
+            r = _put(_put(u, tl.sum(q0 * A, 0), 0, 2), tl.sum(q1 * A, 0), 1, 2)
+            ddelta = (u * s + r * 0.6931471805599453) * slope
+            dbias += tl.sum(ddelta, 0)
+            if ddelta_ptr is not None:
+                at = ddelta_ptr + to_row + t * to_step + (k * to_step + offset_o[None, :])
+                tl.store(at, ddelta.to(ddelta_ptr.dtype.element_ty), mask=inside)
+
+    to = tl.reshape(n, [NP, LANES])
+    whole = valid[None, :] & (to < N)
+    part = (b * chunks + c) * dim + d
+    tile_part = (b * chunks + c) * N * dim + to * dim + d[None, :]
+    if dA_ptr is not None:
+        tl.store(dA_ptr + tile_part, dA, mask=whole)
+    if dB_ptr is not None:
+        tl.store(dB_ptr + tile_part, dB, mask=whole)
+    if dC_ptr is not None:
+        tl.store(dC_ptr + tile_part, dC, mask=whole)
+    if dD_ptr is not None:
+        tl.store(dD_ptr + part, dD, mask=valid)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + part, dbias, mask=valid)
+    if dinitial_ptr is not None:
+        if c == 0:
+            at = dinitial_ptr + (b * dim + d[None, :]) * N + to
+            tl.store(at, carry.to(dinitial_ptr.dtype.element_ty), mask=whole)
+
+
+# fmt: off
+@jit(do_not_specialize=_OPAQUE)
+def _backward_border_kernel(
+    dout_ptr, dlast_ptr, delta_ptr, A_ptr,
+    C_ptr,  # (D, N) where fixed
+    packed_ptr, z_ptr, bias_ptr, flags_ptr,
+    own_ptr, decay_ptr,  # (B, chunks, G, blocks, NP, LANES)
+    L, dim, groups, blocks, rows, chunk, chunks, unit,
+    stride_gb, stride_gl, stride_gd,
+    stride_lb, stride_ln, stride_ld,
+    stride_db, stride_dl, stride_dd,
+    stride_zb, stride_zl, stride_zd,
+    stride_an, stride_ad, stride_Cn, stride_Cd,
+    N: tl.constexpr, NP: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, GATHER: tl.constexpr, NVIDIA: tl.constexpr,
+):
+    # fmt: on
+    """The first pass of the backward over chunks: the gradient that a chunk makes of zero."""
+    FLAGS: tl.constexpr = flags_ptr is not None
+    C_FIXED: tl.constexpr = C_ptr is not None
+    pid = tl.program_id(0).to(tl.int64)
+    block = pid % (groups * blocks)
+    c = pid // (groups * blocks) % chunks
+    b = pid // (groups * blocks) // chunks
+    g = block // blocks
+    width = dim // groups
+    lane = tl.arange(0, LANES)
+    inner = block % blocks * LANES + lane
+    valid = inner < width
+    d = g * width + tl.minimum(inner, width - 1)
+    n = _state_index(lane, NP, GATHER)
+    begin = c * chunk
+    end = tl.minimum(begin + chunk, L)
+
+    A = _channel_states(A_ptr, n, d, stride_an, stride_ad, N, NP, LANES) * 1.4426950408889634
+    bias = _per_channel(bias_ptr, d, LANES)
+    fixed_C = A
+    if C_FIXED:
+        fixed_C = _channel_states(C_ptr, n, d, stride_Cn, stride_Cd, N, NP, LANES)
+    dout_row = dout_ptr + b * stride_gb
+    delta_row = delta_ptr + b * stride_db
+    z_row = z_ptr
+    if z_ptr is not None:
+        z_row = z_ptr + b * stride_zb
+    if REVERSE:
+        dout_row += (L - 1) * stride_gl
+        delta_row += (L - 1) * stride_dl
+        stride_gl = -stride_gl
+        stride_dl = -stride_dl
+        if z_ptr is not None:
+            z_row += (L - 1) * stride_zl
+            stride_zl = -stride_zl
+    offset_g = d * stride_gd
+    offset_d = d * stride_dd
+    offset_z = d * stride_zd
+    place = _place(lane, unit, NP, LANES)
+    carry = A * 0.0
+    if dlast_ptr is not None:
+        if c == chunks - 1:
+            dlast = dlast_ptr + b * stride_lb
+            carry = _channel_states(dlast, n, d, stride_ln, stride_ld, N, NP, LANES)
+            carry = tl.where(valid[None, :], carry, 0.0)
+    sum_d = tl.zeros([LANES], tl.float32)
+    k = tl.arange(0, STEPS)[:, None].to(tl.int64)
+    many = tl.cdiv(end - begin, STEPS)
+    for i in range(many):
+        t = begin + (((many - 1 - i) * STEPS) ^ (unit - 1))
+        ok = k < end - t
+        step = _steps(delta_row, t, k, stride_dl, offset_d, ok) + bias[None, :]
+        if SOFTPLUS:
+            step = softplus(step)
+        live, reset = _live(flags_ptr, b, t, k, L, ok, REVERSE)
+        step = tl.where(live, step, 0.0)
+        dy = _steps(dout_row, t, k, stride_gl, offset_g, ok & valid[None, :])
+        if FLAGS:
+            dy = tl.where(live, dy, 0.0)
+            reset = tl.broadcast_to(reset, step.shape)
+            sum_d += tl.sum(-reset, 0)
+        if z_ptr is not None:
+            dy *= silu(_steps(z_row, t, k, stride_zl, offset_z, ok), NVIDIA)
+        sum_d += tl.sum(step, 0)
+        packed_at = packed_ptr
+        if packed_ptr is not None:
+            packed_at = packed_ptr + ((b * groups + g) * rows + t) * (2 * NP) + n
+        for m in tl.static_range(STEPS - 1, -1, -1):
+            C = _row(fixed_C, packed_at, m, 1, C_FIXED, NP, LANES)
+            carry += _take(dy, m, STEPS)[None, :] * C
+            carry *= _decay(step, A, reset, m, STEPS, FLAGS)
+    tile = ((b * chunks + c) * groups * blocks + block) * (NP * LANES)
+    tl.store(own_ptr + tile + place, tl.reshape(carry, place.shape))
+    decay = tl.math.exp2(sum_d[None, :] * A)
+    if FLAGS:
+        decay = tl.where((sum_d == float("inf"))[None, :], 0.0, decay)
+    tl.store(decay_ptr + tile + place, tl.reshape(decay, place.shape))
+
+
+def _sizes(state: int) -> dict[str, Any]:
+    """Of a tile of states: 16 of them in a thread at most, more are split over warps."""
+    padded = triton.next_power_of_2(state)
+    return {
+        "N": state,
+        "NP": padded,
+        "LANES": LANES,
+        "STEPS": STEPS,
+        "GATHER": hasattr(tl, "gather"),  # Triton 3.3 has it
+        "NVIDIA": nvidia(),
+        "num_warps": max(1, padded // 16),
+    }
+
+
+def _groups(*tensors: Tensor) -> int:
+    return max((x.shape[2] for x in tensors if x.ndim == 4), default=1)
+
+
+def _blocks(dim: int, groups: int) -> int:
+    return -(-dim // groups // LANES)
+
+
+def _chunk(length: int, programs: int, device: torch.device) -> int:
+    """Steps of a chunk: all, where there are programs enough to fill the device."""
+    processors = 132  # of an H100 or H200
+    if device.type == "cuda" and torch.cuda.is_available():
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    if programs >= FEW_PROGRAMS * processors:
+        return max(length, 1)
+    # The chunks then fill it four times as well: a scheduler hides the latencies of four warps.
+    chunks = 4 * FEW_PROGRAMS * processors // programs
+    return max(SHORTEST_CHUNK, -(-length // chunks // STEPS) * STEPS)
+
+
+def _kept_shape(batch: int, length: int, dim: int, state: int, groups: int) -> tuple[int, ...]:
+    padded = 1 << (state - 1).bit_length()
+    return batch, -(-length // STEPS), groups, _blocks(dim, groups), padded, LANES
+
+
+def _workspace(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+def _strides(x: Tensor | None, count: int) -> tuple[int, ...]:
+    return (0,) * count if x is None else x.stride()
+
+
+def _fixed(x: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """B or C where it is (D, N), and its strides along N and D."""
+    if x is None or x.ndim == 4:
+        return None, 0, 0
+    return x, x.stride(1), x.stride(0)
+
+
+def _pack(B: Tensor | None, C: Tensor | None, like: Tensor, reverse: bool) -> Tensor | None:
+    """What of B and C depends on the input, side by side, in fp32 and in the order of the scan."""
+    B = None if B is None or B.ndim == 2 else B
+    C = None if C is None or C.ndim == 2 else C
+    given = C if B is None else B
+    if given is None:
+        return None
+    batch, length, groups, state = given.shape
+    sizes = _sizes(state)
+    rows = -(-length // STEPS) * STEPS
+    packed = _workspace(like, batch, groups, rows, 2, sizes["NP"])
+    block = max(1, 1024 // sizes["NP"])
+    grid = (batch * groups * triton.cdiv(rows, block),)
+    _pack_kernel[grid](
+        B, C, packed, length, groups, rows, *_strides(B, 4), *_strides(C, 4),
+        N=state, NP=sizes["NP"], REVERSE=reverse, BLOCK_L=block, num_warps=4,
+    )  # fmt: skip
+    return packed
+
+
+def _join(border: Tensor, decay: Tensor, reverse: bool) -> Tensor:
+    batch, chunks = border.shape[:2]
+    size = border[0, 0].numel()
+    grid = (batch * triton.cdiv(size, 1024),)
+    _join_kernel[grid](border, decay, chunks, size, REVERSE=reverse, BLOCK=1024, num_warps=4)
+    return border
+
+
+def _launch_fwd(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    flags: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, dim = u.shape
+    state = A.shape[1]
+    out = u.new_empty(u.shape)
+    last = _workspace(u, batch, dim, state)
+    groups = _groups(B, C)
+    kept = _workspace(u, *_kept_shape(batch, length, dim, state, groups) if keep else (0,))
+    if out.numel() == 0:
+        last.zero_() if initial_state is None else last.copy_(initial_state)
+        return out, last, kept
+    sizes = _sizes(state)
+    blocks = _blocks(dim, groups)
+    programs = batch * groups * blocks
+    chunk = _chunk(length, programs, u.device)
+    chunks = triton.cdiv(length, chunk)
+    packed = _pack(B, C, u, reverse)
+    rows = 0 if packed is None else packed.shape[2]
+    fixed_B, *strides_B = _fixed(B)
+    fixed_C, *strides_C = _fixed(C)
+    border = own = decay = None
+
+    def launch(**outputs: Tensor | None) -> None:
+        _forward_kernel[(programs * chunks,)](
+            u, delta, A, fixed_B, fixed_C, packed, D, z, delta_bias, flags, initial_state, border,
+            **outputs,
+            L=length, dim=dim, groups=groups, blocks=blocks, rows=rows, chunk=chunk, chunks=chunks,
+            unit=1,
+            **_named("u", u), **_named("d", delta), **_named("z", z),
+            stride_an=A.stride(1), stride_ad=A.stride(0),
+            stride_Bn=strides_B[0], stride_Bd=strides_B[1],
+            stride_Cn=strides_C[0], stride_Cd=strides_C[1],
+            **_named_states("i", initial_state),
+            SOFTPLUS=delta_softplus, REVERSE=reverse, **sizes,
+        )  # fmt: skip
+
+    if chunks > 1:
+        own, decay = (
+            _workspace(u, batch, chunks, groups, blocks, sizes["NP"], LANES) for _ in range(2)
+        )
+        launch(out_ptr=None, kept_ptr=None, last_ptr=None, own_ptr=own, decay_ptr=decay)
+        border = _join(own, decay, False)
+    launch(
+        out_ptr=out, kept_ptr=kept if keep else None, last_ptr=last, own_ptr=None, decay_ptr=None
+    )
+    return out, last, kept
+
+
+def _named(letter: str, x: Tensor | None) -> dict[str, int]:
+    """Strides of a (B, L, D) tensor by the names of the kernels' arguments."""
+    return dict(zip((f"stride_{letter}{i}" for i in "bld"), _strides(x, 3), strict=True))
+
+
+def _named_states(letter: str, x: Tensor | None) -> dict[str, int]:
+    """Strides of a (B, D, N) tensor."""
+    return dict(zip((f"stride_{letter}{i}" for i in "bdn"), _strides(x, 3), strict=True))
+
+
+def _launch_bwd(
+    dout: Tensor | None,
+    dlast: Tensor | None,
+    kept: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    flags: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    wanted = dict(zip(_NEEDS, needs, strict=True))
+    if u.numel() == 0:
+        zeros = [None if x is None or not need else torch.zeros_like(x) for x, need in zip(inputs, needs, strict=True)]
+        if zeros[8] is not None and dlast is not None:
+            zeros[8].copy_(dlast)
+        return zeros
+    if kept.numel() == 0:  # the forward did not know that a gradient would be wanted
+        kept = _launch_fwd(*inputs, flags, delta_softplus, reverse, True)[2]
+    if dout is None:
+        dout = u.new_zeros(1).expand(u.shape)
+    batch, length, dim = u.shape
+    state = A.shape[1]
+    sizes = _sizes(state)
+    groups = _groups(B, C)
+    blocks = _blocks(dim, groups)
+    programs = batch * groups * blocks
+    chunk = _chunk(length, programs, u.device)
+    chunks = triton.cdiv(length, chunk)
+    packed = _pack(B, C, u, reverse)
+    rows = 0 if packed is None else packed.shape[2]
+    fixed_B, *strides_B = _fixed(B)
+    fixed_C, *strides_C = _fixed(C)
+    common = {
+        "L": length, "dim": dim, "groups": groups, "blocks": blocks, "rows": rows,
+        "chunk": chunk, "chunks": chunks, "unit": 1,
+        **_named("g", dout), **_named_states("l", dlast), **_named("d", delta), **_named("z", z),
+        "stride_an": A.stride(1), "stride_ad": A.stride(0),
+        "stride_Cn": strides_C[0], "stride_Cd": strides_C[1],
+        "SOFTPLUS": delta_softplus, "REVERSE": reverse,
+    }  # fmt: skip
+    border = None
+    if chunks > 1:
+        border, decay = (
+            _workspace(u, batch, chunks, groups, blocks, sizes["NP"], LANES) for _ in range(2)
+        )
+        _backward_border_kernel[(programs * chunks,)](
+            dout, dlast, delta, A, fixed_C, packed, z, delta_bias, flags, border, decay,
+            **common, **sizes,
+        )  # fmt: skip
+        _join(border, decay, True)
+
+    def room(need: bool, *shape: int) -> Tensor | None:
+        return _workspace(u, *shape) if need else None
+
+    du, ddelta, dz = (
+        x.new_empty(x.shape) if x is not None and wanted[name] else None
+        for name, x in (("u", u), ("delta", delta), ("z", z))
+    )
+    parts_B = wanted["B"] and fixed_B is None
+    parts_C = wanted["C"] and fixed_C is None
+    parts = room(parts_B or parts_C, batch, length, groups, blocks, 2, sizes["NP"])
+    tile = (batch * chunks, state, dim)
+    dA = room(wanted["A"], *tile)
+    dB = room(wanted["B"] and fixed_B is not None, *tile)
+    dC = room(wanted["C"] and fixed_C is not None, *tile)
+    dD = room(wanted["D"], batch * chunks, dim)
+    dbias = room(wanted["delta_bias"], batch * chunks, dim)
+    dinitial = None
+    if initial_state is not None and wanted["initial_state"]:
+        dinitial = initial_state.new_empty(initial_state.shape)
+    _backward_kernel[(programs * chunks,)](
+        dout, dlast, kept, border, u, delta, A, fixed_B, fixed_C, packed, D, z, delta_bias, flags,
+        du, ddelta, dz, parts, dA, dB, dC, dD, dbias, dinitial,
+        **common, **_named("u", u), stride_Bn=strides_B[0], stride_Bd=strides_B[1],
+        NEED_B=wanted["B"], NEED_C=wanted["C"], **sizes,
+    )  # fmt: skip
+    if dA is not None:
+        dA = dA.sum(0).T.to(A.dtype)
+    if dB is not None:
+        dB = dB.sum(0).T.to(B.dtype)
+    if dC is not None:
+        dC = dC.sum(0).T.to(C.dtype)
+    if parts is not None:
+        if parts_B:
+            dB = B.new_empty(B.shape)
+        if parts_C:
+            dC = C.new_empty(C.shape)
+        count = batch * length * groups
+        block = max(1, 512 // sizes["NP"])
+        _add_parts_kernel[(triton.cdiv(count, block),)](
+            parts, dB if parts_B else None, dC if parts_C else None, length, groups, blocks, count,
+            N=state, NP=sizes["NP"], REVERSE=reverse, BLOCK_R=block, num_warps=4,
+        )  # fmt: skip
+    if dD is not None and D is not None:
+        dD = dD.sum(0).to(D.dtype)
+    if dbias is not None and delta_bias is not None:
+        dbias = dbias.sum(0).to(delta_bias.dtype)
+    return [du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial]
+
+
+_NEEDS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+_INPUTS = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    "Tensor? delta_bias, Tensor? initial_state, Tensor? flags, bool delta_softplus, bool reverse"
+)
+
+
+def _precision(*tensors: Tensor | None) -> torch.dtype:
+    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+@torch.library.custom_op(
+    "emrrg_kernels::selective_scan_fwd",
+    mutates_args=(),
+    schema=f"({_INPUTS}, bool keep, str implementation) -> (Tensor, Tensor, Tensor)",
+)
+def _scan_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *inputs, keep, implementation = args
+    if implementation == "triton":
+        return _launch_fwd(*inputs, keep)
+    with torch.autocast("cpu", enabled=False):
+        out, last = scan_cpu.scan_forward(implementation == "native", *inputs)
+    return out.contiguous(), last.contiguous(), _workspace(out, 0)
+
+
+@_scan_fwd.register_fake
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    u, delta, A, B, C, *_, keep, implementation = args
+    last = u.new_empty((u.shape[0], *A.shape), dtype=_precision(u, delta, A, B, C))
+    kept = _kept_shape(*u.shape, A.shape[1], _groups(B, C))
+    keep = keep and implementation == "triton"
+    return u.new_empty(u.shape), last, _workspace(u, *kept if keep else (0,))
+
+
+@torch.library.custom_op(
+    "emrrg_kernels::selective_scan_bwd",
+    mutates_args=(),
+    schema=f"(Tensor? dout, Tensor? dlast, Tensor kept, {_INPUTS}, bool[] needs, "
+    "str implementation) -> Tensor[]",
+)
+def _scan_bwd(*args: Any) -> list[Tensor]:
+    dout, dlast, kept, *inputs, needs, implementation = args
+    if implementation == "triton":
+        grads = _launch_bwd(dout, dlast, kept, *inputs, needs)
+    else:
+        with torch.autocast("cpu", enabled=False):
+            grads = scan_cpu.scan_backward(
+                implementation == "native", dout, dlast, *inputs, needs
+            )
+    return [x.contiguous() for x in grads if x is not None]
+
+
+@_scan_bwd.register_fake
+def _(dout: Tensor | None, dlast: Tensor | None, kept: Tensor, *args: Any) -> list[Tensor]:
+    *inputs, needs, _ = args
+    tensors = inputs[: len(_NEEDS)]
+    return [x.new_empty(x.shape) for x, need in zip(tensors, needs, strict=True) if need]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, delta_softplus, reverse, _, implementation = inputs
+    ctx.set_materialize_grads(False)
+    ctx.needs = list(ctx.needs_input_grad[: len(_NEEDS)])
+    ctx.options = delta_softplus, reverse
+    ctx.implementation = implementation
+    ctx.save_for_backward(output[2], *tensors)
+
+
+def _backward(
+    ctx: Any, dout: Tensor | None, dlast: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if dout is None and dlast is None:
+        return (None,) * 14
+    kept, *tensors = ctx.saved_tensors
+    grads = iter(
+        _scan_bwd(dout, dlast, kept, *tensors, *ctx.options, ctx.needs, ctx.implementation)
+    )
+    return (*(next(grads) if need else None for need in ctx.needs), *(None,) * 5)
+
+
+_scan_fwd.register_autograd(_backward, setup_context=_setup_context)
