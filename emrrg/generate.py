@@ -188,7 +188,7 @@ def written_before(output: Path) -> list[dict[str, Any]]:
     whole, _, last = output.read_bytes().rpartition(b"\n")
     complete = len(whole.splitlines())
     ours = all(isinstance(row, dict) and {"report", "error"} & set(row) for row in rows)
-    if not ours or not last.startswith(TORN[: len(last)]):
+    if not ours or len(rows) < complete or not last.startswith(TORN[: len(last)]):
         raise InputError(
             f"--output: {output} exists, and is not what --list writes; choose another name"
         )

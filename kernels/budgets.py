@@ -71,7 +71,7 @@ class Figures:
         spills: bytes per thread spilled to memory.
         shared: bytes of shared memory a program.
         instructions: of the whole kernel.
-        loops: in the order of their end.
+        loops: in the order of their beginning.
     """
 
     target: str
@@ -388,7 +388,7 @@ def _loops(code: list[_Instruction]) -> list[Loop]:
                     body.add(n)
                     waiting += before[n]
     loops = []
-    for body in bodies.values():
+    for _, body in sorted(bodies.items()):
         inner = [other for other in bodies.values() if other < body]
         own = Counter(
             i.opcode
@@ -428,14 +428,16 @@ class Case:
         kernel: the kernel function's name.
         what: of the call, for people.
         call: runs the launcher on tensors of device "meta".
-        exponentials: exp2 per (b,d,l,n) in each of the hot loops that an element passes through, in
-            the order of the code; empty: there is no such loop, no figure per element.
+        hot: for each hot loop, in the order of the code, how many exp2 stand in it for a (b,d,l,n)
+            that it works on, and how often it works on each; empty: no figure per element.
+        which: of the launches of that kernel.
     """
 
     kernel: str
     what: str
     call: Callable[[], object]
-    exponentials: tuple[float, ...] = ()
+    hot: tuple[tuple[float, float], ...] = ()
+    which: int = 0
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -502,31 +504,110 @@ def _cross_backward(needs: str) -> None:
     cross_scan._launch_bwd(*tensors)
 
 
+def _scan_tensors(batch: int, length: int, dim: int) -> tuple[Any, ...]:
+    """u, delta, A, B, C, D, z, delta_bias, initial_state, flags, delta_softplus, reverse."""
+    u, b = _activation(batch, length, dim), _empty(batch, length, 1, STATE)
+    return u, u, _empty(dim, STATE), b, b, _empty(dim), u, _empty(dim), None, None, True, False
+
+
+def _scan_forward(keep: bool, flags: bool = False) -> None:
+    from kernels import selective_scan
+
+    tensors = list(_scan_tensors(BATCH, LENGTH, DIM))
+    if flags:
+        tensors[9] = _empty(BATCH, LENGTH, dtype=torch.uint8)
+    selective_scan._launch_fwd(*tensors, keep)
+
+
+def _scan_backward(needs: str, shape: tuple[int, int, int] = (BATCH, LENGTH, DIM)) -> None:
+    from kernels import selective_scan
+
+    tensors = _scan_tensors(*shape)
+    kept = _empty(*selective_scan._kept_shape(*shape, STATE, 1))
+    needed = [n in needs.split() for n in selective_scan._NEEDS]
+    selective_scan._launch_bwd(tensors[0], None, kept, *tensors, needed)
+
+
+def _long_forward() -> None:
+    from kernels import selective_scan
+
+    selective_scan._launch_fwd(*_scan_tensors(*LONG), False)
+
+
+def _conv_tensors() -> tuple[torch.Tensor, ...]:
+    weight, bias = _empty(ORDERS, DIM, 4), _empty(ORDERS, DIM)
+    orders = _empty(ORDERS, LENGTH, dtype=torch.int64)
+    return _activation(BATCH, LENGTH, DIM), weight, bias, orders
+
+
+def _conv_forward() -> None:
+    from kernels import causal_conv1d
+
+    causal_conv1d._launch_fwd(*_conv_tensors(), True)
+
+
+def _conv_backward(needs: list[bool]) -> None:
+    from kernels import causal_conv1d
+
+    dout = _activation(ORDERS, BATCH, LENGTH, DIM)
+    causal_conv1d._launch_bwd(dout, *_conv_tensors(), True, needs)
+
+
+LONG = (1, 65536, 2048)  # few channels, many steps: cut into chunks
 EVERY = "u delta A B C D z delta_bias"
 FROZEN = "u delta B C z"  # what a mixer with adapters alone needs
-PER_STEP = 1 / STATE  # an exponential for each (b,d,l)
+SOFTPLUS, GATE = 1 / STATE, 1 / STATE  # exponentials for each (b,d,l)
+
+_SCAN_BACK = ((1 + SOFTPLUS + GATE, 1.0), (1 + SOFTPLUS, 0.5))
+_CROSS_BACK = ((1 + SOFTPLUS + GATE, 1.0), (1 + SOFTPLUS + GATE, 1.0))
 
 CASES = (
-    Case("_cross_scan_fwd_kernel", "forward", _cross_forward, (1 + PER_STEP,)),
     Case(
-        "_cross_scan_bwd_kernel",
-        "backward, base frozen",
-        lambda: _cross_backward(FROZEN),
-        (1 + 2 * PER_STEP, 1 + 2 * PER_STEP),
+        "_forward_kernel",
+        "gate, softplus, skip",
+        lambda: _scan_forward(False),
+        ((1 + SOFTPLUS + GATE, 1.0),),
     ),
     Case(
-        "_cross_scan_bwd_kernel",
-        "backward, every gradient",
-        lambda: _cross_backward(EVERY),
-        (1 + 2 * PER_STEP, 1 + 2 * PER_STEP),
+        "_forward_kernel",
+        "the same, for training",
+        lambda: _scan_forward(True),
+        ((1 + SOFTPLUS + GATE, 1.0),),
     ),
+    Case(
+        "_forward_kernel",
+        "packed or padded sequences",
+        lambda: _scan_forward(False, flags=True),
+        ((1 + SOFTPLUS + GATE, 1.0),),
+    ),
+    Case(
+        "_forward_kernel",
+        "a long sequence's chunks, first pass",
+        _long_forward,
+        ((1 + SOFTPLUS, 1.0),),
+    ),
+    Case("_backward_kernel", "base frozen", lambda: _scan_backward(FROZEN), _SCAN_BACK),
+    Case("_backward_kernel", "every gradient", lambda: _scan_backward(EVERY), _SCAN_BACK),
+    Case("_pack_kernel", "B and C", lambda: _scan_forward(False)),
+    Case("_add_parts_kernel", "dB and dC", lambda: _scan_backward(FROZEN)),
+    Case("_join_kernel", "a long sequence's chunks", _long_forward),
+    Case(
+        "_backward_border_kernel",
+        "a long sequence's chunks, first pass",
+        lambda: _scan_backward(FROZEN, LONG),
+        ((1 + SOFTPLUS + GATE, 1.0),),
+    ),
+    Case("_cross_scan_fwd_kernel", "forward", _cross_forward, ((1 + SOFTPLUS, 1.0),)),
+    Case("_cross_scan_bwd_kernel", "base frozen", lambda: _cross_backward(FROZEN), _CROSS_BACK),
+    Case("_cross_scan_bwd_kernel", "every gradient", lambda: _cross_backward(EVERY), _CROSS_BACK),
+    Case("_causal_conv1d_fwd_kernel", "forward", _conv_forward),
+    Case("_causal_conv1d_bwd_kernel", "base frozen", lambda: _conv_backward([True, False, False])),
+    Case("_causal_conv1d_bwd_kernel", "every gradient", lambda: _conv_backward([True, True, True])),
     Case("_down_kernel", "x A^T, bf16", lambda: _lora_forward(torch.bfloat16)),
     Case("_linear_kernel", "y, bf16", lambda: _lora_forward(torch.bfloat16)),
     Case("_linear_kernel", "dx, bf16", lambda: _lora_backward(torch.bfloat16)),
     Case("_outer_kernel", "dA, bf16", lambda: _lora_backward(torch.bfloat16)),
-    Case("_down_kernel", "x A^T, fp32", lambda: _lora_forward(torch.float32)),
     Case("_linear_kernel", "y, fp32", lambda: _lora_forward(torch.float32)),
-    Case("_outer_kernel", "dA, fp32", lambda: _lora_backward(torch.float32)),
 )
 
 
@@ -534,14 +615,14 @@ def row(case: Case, target: str) -> dict[str, Any]:
     """What one case needs on one target, as JSON."""
     with recorded(target) as launches:
         case.call()
-    launch = next(x for x in launches if x.kernel.__name__ == case.kernel)
+    launch = [x for x in launches if x.kernel.__name__ == case.kernel][case.which]
     f = launch.figures()
-    hot = sorted(f.loops, key=_exponentials, reverse=True)[: len(case.exponentials)]
-    hot = [loop for loop in f.loops if loop in hot]
+    most = sorted(f.loops, key=_exponentials, reverse=True)[: len(case.hot)]
+    hot = [loop for loop in f.loops if loop in most]
     per_element: dict[str, float] = {}
-    for loop, each in zip(hot, case.exponentials, strict=True):
+    for loop, (each, times) in zip(hot, case.hot, strict=True):
         for opcode, count in loop.own.items():
-            share = count * each / _exponentials(loop)
+            share = count * times * each / _exponentials(loop)
             for name in ("all", opcode.split(".")[0]):
                 per_element[name] = per_element.get(name, 0.0) + share
     return {

@@ -267,6 +267,7 @@ def _causal_conv1d_bwd(
     needs: list[bool],
     implementation: str,
 ) -> list[Tensor]:
+    gradients: Sequence[Tensor | None]
     if implementation == "triton":
         gradients = _launch_bwd(dout, x, weight, bias, orders, silu, needs)
     else:

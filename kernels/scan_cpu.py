@@ -108,7 +108,7 @@ def scan_backward(
     if native:
         likes = (u, delta, A, B, C, D, z, delta_bias, initial_state)
         grads = [_room(x, need) for x, need in zip(likes, needs, strict=True)]
-        for i in (2, 3, 4, 5, 7):
+        for i in (2, 3, 4, 5, 7, 8):
             grads[i] = _sum_room(likes[i], needs[i])
         if dout is None:
             dout = u.new_zeros(1).expand(u.shape)
@@ -336,7 +336,7 @@ def _room(x: Tensor | None, need: bool) -> Tensor | None:
 
 
 def _sum_room(x: Tensor | None, need: bool) -> Tensor | None:
-    """A gradient that is a sum over samples, zeros where there are none, in fp32."""
+    """A gradient in fp32: a sum over samples, zeros where there are none."""
     return torch.zeros(x.shape, dtype=torch.float32) if need and x is not None else None
 
 

@@ -50,9 +50,8 @@ STEPS = 4  # of a block: the forward loads them at once, the backward finds the 
 FEW_PROGRAMS = 3  # for each multiprocessor; with fewer a scan is cut into chunks
 SHORTEST_CHUNK = 64  # steps; the first pass costs two thirds of the second
 
-_STRIDES = ["stride_ud", "stride_dd", "stride_zd", "stride_gd", "stride_an", "stride_ad"]
-# Strides that the compiler must not know to be 1: it would give neighbouring channels to one thread.
-_OPAQUE = [*_STRIDES, "unit"]
+# Strides that the compiler must not know to be 1: it would give neighbours to one thread.
+_OPAQUE = [f"stride_{x}{i}" for x in "udzg" for i in "ld"] + ["stride_an", "stride_ad", "unit"]
 
 
 @jit

@@ -180,7 +180,7 @@ def test_loops_are_the_scan_with_all_gradients(name):
         )
 
 
-def test_the_truth_of_the_scan_is_the_reference(monkeypatch):
+def test_the_truth_of_the_scan_is_the_reference():
     arguments = {"batch": 2, "dim": 6, "length": 9, "dtype": "float32"}
     given = bench_selective_scan.inputs(2, 6, 9, torch.float32, torch.device("cpu"))
     dout = given.pop("dout").double()
@@ -194,7 +194,6 @@ def test_the_truth_of_the_scan_is_the_reference(monkeypatch):
         torch.testing.assert_close(
             found[f"d{name}"], gradient, msg=lambda m, name=name: f"d{name}: {m}"
         )
-    assert set(bench_selective_scan.truth("forward", **arguments)) == {"out"}
 
 
 def test_the_flipping_mixer_is_ours_in_another_order():

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from emrrg import scoring
+from emrrg import neighbours, scoring
 from emrrg.config import ModelConfig, TrainConfig, to_dict
 from emrrg.data.dataset import PhantomStudies, RecordStudies
 from emrrg.data.loading import load_studies
@@ -234,6 +234,20 @@ def test_no_study_is_its_own_neighbour(folder: Path) -> None:
         near = {j: float(torch.cosine_similarity(vectors[i] - middle, vectors[j] - middle, 0))
                 for j in range(4) if j != i}  # fmt: skip
         assert report == list(TRAIN.values())[max(near, key=near.__getitem__)]
+
+
+def test_what_all_images_share_does_not_count(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    """Encoders give all images much the same features: near is what differs alike."""
+    known = {0: (100.0, 1.0), 1: (100.0, -1.0), 2: (10.0, 0.5)}
+    vectors = [{i: torch.tensor(v) for i, v in known.items()}, {0: torch.tensor((50.0, 0.6))}]
+    monkeypatch.setattr(neighbours, "study_features", lambda *_: vectors.pop(0))
+    texts = ("a", "b", "c")
+    training = RecordStudies([Record(t, t, (), "train") for t in texts], SIZE, cache_bytes=0)
+    asked = RecordStudies([Record("q", "q", (), "test")], SIZE, cache_bytes=0)
+    model = load_run(folder / "run")
+    assert nearest_reports(model, asked, training, TrainConfig(), torch.device("cpu")) == ["c"]
 
 
 def test_a_blind_model_has_no_neighbours(folder: Path) -> None:

@@ -1,8 +1,8 @@
 """Prepare and check data sets.
 
-python -m emrrg.data prepare openi --reports NLMCXR_reports.tgz --images DIR --output A.json
-python -m emrrg.data prepare mimic_cxr --root DIR --output A.json
-python -m emrrg.data prepare tabular --table studies.csv --images DIR --output A.json
+python -m emrrg.data prepare openi NLMCXR_reports.tgz --images DIR --output A.json
+python -m emrrg.data prepare mimic_cxr DIR --output A.json
+python -m emrrg.data prepare tabular studies.csv --images DIR --output A.json
 python -m emrrg.data check A.json --images DIR --output check/
 """
 
@@ -39,7 +39,7 @@ NEEDED = {
     "r2gen": "annotation", "openi": "reports", "mimic_cxr": "root", "chexpert_plus": "table",
     "padchest": "table", "tabular": "table",
 }  # fmt: skip
-"""Source to the flag that it cannot do without."""
+"""Source to the flag that it cannot do without, which may also be given by position."""
 SECTIONS = {"r2gen": "full", "padchest": "full", "tabular": "full"}
 SPLIT_BY = {"chexpert_plus": "patient", "padchest": "patient", "openi": "patient"}
 USED = {
@@ -60,6 +60,8 @@ class PrepareConfig:
     """What the data is: r2gen (an annotation file), openi (IU X-ray's official reports),
     mimic_cxr (MIMIC-CXR-JPG and reports), chexpert_plus, padchest, tabular (CSV, TSV, JSON, JSON
     Lines of image paths and texts)."""
+    path: tuple[str, ...] = ()
+    """The source's file or folder: --annotation, --reports, --root or --table, whichever it has."""
     output: str | None = None
     """The annotation file to write."""
     images: str | None = None
@@ -117,7 +119,12 @@ class PrepareConfig:
     """tabular: column of projections (PA, AP, LATERAL) [default: guessed]."""
 
     def __post_init__(self) -> None:
-        for needed in (NEEDED[self.source], "output"):
+        main = NEEDED[self.source]
+        if len(self.path) > 1 or (self.path and getattr(self, main) is not None):
+            raise InputError(f"{self.path[-1]}: {self.source} takes one file or folder (--{main})")
+        if self.path:
+            object.__setattr__(self, main, self.path[0])
+        for needed in (main, "output"):
             if getattr(self, needed) is None:
                 raise InputError(f"--{needed}: needed with {self.source}")
         for name, sources in USED.items():
@@ -178,7 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare(argv: list[str]) -> int:
-    config, _ = parse_config(PrepareConfig, argv, "emrrg.data prepare", positional=("source",))
+    config, _ = parse_config(
+        PrepareConfig, argv, "emrrg.data prepare", positional=("source", "path")
+    )
     images = _path(config.images)
     if images is not None and not images.is_dir():
         raise InputError(f"--images: {images}: no such folder")

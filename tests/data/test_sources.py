@@ -616,11 +616,21 @@ def test_views_and_words_are_bounded() -> None:
         (["tabular", "--table", "t", "--output", "a", "--min-views", "0"], "--min-views"),
         (["tabular", "--table", "t", "--output", "a", "--images", "/none"], "no such folder"),
         (["mimic_cxr", "--root", "r", "--output", "a", "--labels", "x"], "--labels x"),
+        (["openi", "a", "b", "--output", "c"], "b: openi takes one file or folder"),
+        (["openi", "a", "--reports", "b", "--output", "c"], "a: openi takes one file or folder"),
     ],
 )
 def test_flags_are_checked(arguments: list[str], says: str) -> None:
     with pytest.raises(InputError, match=says):
         main(["prepare", *arguments])
+
+
+def test_the_source_may_follow_its_name(tmp_path: Path) -> None:
+    table = write_csv(tmp_path / "t.csv", [{"image": "a.png", "text": "Clear.", "split": "test"}])
+    run("tabular", "--table", table, "--output", tmp_path / "flag.json")
+    run("tabular", table, "--output", tmp_path / "place.json")
+    texts = [(tmp_path / name).read_text() for name in ("flag.json", "place.json")]
+    assert texts[0] == texts[1] and "Clear." in texts[0]
 
 
 def test_nothing_is_written_where_nothing_is_kept(tmp_path: Path) -> None:
