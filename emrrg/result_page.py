@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -169,8 +168,8 @@ def write_result_page(
         title=title,
         synthetic=synthetic,
         notice=PATIENT_NOTICE,
-        style=Markup(style),
-        script=Markup(script),
+        style=style,
+        script=script,
         style_hash=_hash(style),
         script_hash=_hash(script),
         scores=result.scores,

@@ -396,7 +396,7 @@ def _outer(x: Tensor, h: Tensor, transposed: bool, tf32: bool | None) -> Tensor:
         BLOCK_M=64,
         BLOCK_P=64,
         BLOCK_R=block_r,
-        num_warps=4,
+        num_warps=max(4, block_r // 8),
         num_stages=2,
         **layout,
         **_products(x, tf32),

@@ -88,6 +88,8 @@ def load(source: Path, functions: Sequence[str]) -> Library:
         how = repr((compiler, FLAGS, VARIANTS, os.environ.get("CXXFLAGS", "")))
         name += f"-{_digest(how.encode())}"
     error = "no C++ compiler: neither CXX nor c++, g++, clang++ is one"
+    if compiler:
+        error = "no folder to keep a build: neither the cache nor the temporary one is private"
     for folder in _folders():
         for path in sorted(folder.glob(f"{name}-*.so")):
             found = _open(path, functions)

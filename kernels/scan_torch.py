@@ -425,9 +425,10 @@ class _Block:
             C = C if C is scan.C else C.masked_fill(self.skip, 0.0)
         self.u, self.step = u, step
         self.step_u = torch.mul(step, u, out=self.room("step_u"))
-        # An exp that underflows takes a hundred times as long; the least normal number is as good.
-        lowest, (low, high) = math.log(torch.finfo(scan.A.dtype).tiny), step.aminmax()
-        self.lowest = lowest if max(-low, high) * scan.A.abs().max() > -lowest else None
+        # An exp that underflows takes a hundred times as long.
+        self.tiny = torch.finfo(scan.A.dtype).tiny
+        low, high = step.aminmax()
+        self.underflow = bool(max(-low, high) * scan.A.abs().max() > -math.log(self.tiny))
         # By chunk: B and C as factors of states, and as rows where they depend on the input.
         self.B, self.B_rows = self._coefficients(B, scan.B)
         self.C, self.C_rows = self._coefficients(C, scan.C)
@@ -486,9 +487,11 @@ class _Block:
     def decays(self, i: int) -> Tensor:
         """exp(d A) of chunk i, (G, B, S, N, D), 0 where a sequence begins."""
         decay = torch.mul(self.steps[i], self.scan.A, out=self.large_room("decay"))
-        if self.lowest is not None:
-            decay.clamp_(min=self.lowest)
-        decay.exp_()
+        if self.underflow:
+            decay.clamp_(min=math.log(self.tiny)).exp_()
+            F.threshold_(decay, 2 * self.tiny, 0.0)
+        else:
+            decay.exp_()
         return decay if self.reset is None else decay.masked_fill_(self.reset[i], 0.0)
 
     def states(self, i: int, before: Tensor) -> tuple[Tensor, Tensor]:

@@ -194,23 +194,29 @@ def _per_channel(ptr, d, LANES: tl.constexpr):
 
 
 @jit
-def _steps(ptr, t, k, stride_l, offset, mask):
-    """Load steps t + k of a channel each, (rows, LANES), fp32."""
-    at = ptr + t * stride_l + (k * stride_l + offset[None, :])
-    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+def _steps(at, k, stride_l, mask):
+    """Load steps k of a block, (rows, LANES), fp32; at: addresses of its first; no mask: all."""
+    at = at[None, :] + k * stride_l
+    if mask is None:
+        x = tl.load(at)
+    else:
+        x = tl.load(at, mask=mask, other=0.0)
+    return x.to(tl.float32)
 
 
 @jit
-def _live(flags_ptr, b, t, k, L, ok, REVERSE: tl.constexpr):
-    """Which of the steps t + k move the state; and what their exponents get, -inf at a reset."""
-    if flags_ptr is None:
-        return ok, tl.where(ok, 0.0, 0.0)
+def _write_steps(at, x, k, stride_l, mask):
+    tl.store(at[None, :] + k * stride_l, x.to(at.dtype.element_ty), mask=mask)
+
+
+@jit
+def _flags(at, k, stride_l, mask):
+    """Which steps move the state; and what their exponents get, -inf at a reset; (rows, 1)."""
+    if mask is None:
+        flags = tl.load(at + k * stride_l)
     else:
-        step = t + k
-        if REVERSE:
-            step = L - 1 - step
-        flags = tl.load(flags_ptr + b * L + step, mask=ok, other=0)
-        return ok & ((flags & 2) == 0), tl.where((flags & 1) != 0, -float("inf"), 0.0)
+        flags = tl.load(at + k * stride_l, mask=mask, other=2)
+    return (flags & 2) == 0, tl.where((flags & 1) != 0, -float("inf"), 0.0)
 
 
 @jit
@@ -322,12 +328,62 @@ def _join_kernel(border_ptr, decay_ptr, chunks, size, REVERSE: tl.constexpr, BLO
 
 
 # fmt: off
+@jit
+def _forward_block(
+    h, sum_d, A, bias, skip, fixed_B, fixed_C,
+    u_at, delta_at, z_at, out_at, flags_at, packed_at,
+    stride_ul, stride_dl, stride_zl, stride_ol, stride_fl, left, valid,
+    NP: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr, TAIL: tl.constexpr,
+    SOFTPLUS: tl.constexpr, B_FIXED: tl.constexpr, C_FIXED: tl.constexpr, NVIDIA: tl.constexpr,
+):
+    # fmt: on
+    """A block of steps, `left` of them with TAIL: the next state, and the sum of d (inf: reset)."""
+    FLAGS: tl.constexpr = flags_at is not None
+    k = tl.arange(0, STEPS)[:, None].to(tl.int64)
+    ok = None
+    inside = valid[None, :]
+    if TAIL:
+        ok = k < left
+        inside = ok & valid[None, :]
+    u = _steps(u_at, k, stride_ul, ok)
+    step = _steps(delta_at, k, stride_dl, ok) + bias[None, :]
+    if SOFTPLUS:
+        step = softplus(step)
+    if TAIL:
+        step = tl.where(ok, step, 0.0)
+    reset = step
+    if FLAGS:
+        live, reset = _flags(flags_at, k, stride_fl, ok)
+        step = tl.where(live, step, 0.0)
+        u = tl.where(live, u, 0.0)
+        sum_d -= tl.sum(reset, 0)
+        reset = tl.broadcast_to(reset, step.shape)
+    sum_d += tl.sum(step, 0)
+    x = step * u
+    y = skip[None, :] * u
+    for i in tl.static_range(STEPS):
+        B = _row(fixed_B, packed_at, i, 0, B_FIXED, NP, LANES)
+        h = _decay(step, A, reset, i, STEPS, FLAGS) * h + _take(x, i, STEPS)[None, :] * B
+        if out_at is not None:
+            C = _row(fixed_C, packed_at, i, 1, C_FIXED, NP, LANES)
+            y = _put(y, _take(y, i, STEPS) + tl.sum(h * C, 0), i, STEPS)
+    if out_at is not None:
+        if FLAGS:
+            y = tl.where(live, y, 0.0)
+        if z_at is not None:
+            y *= silu(_steps(z_at, k, stride_zl, ok), NVIDIA)
+        _write_steps(out_at, y, k, stride_ol, inside)
+    return h, sum_d
+
+
+# fmt: off
 @jit(do_not_specialize=_OPAQUE)
 def _forward_kernel(
     u_ptr, delta_ptr, A_ptr,
     B_ptr, C_ptr,  # (D, N) where fixed
     packed_ptr,  # (B, G, rows, 2, NP)
-    D_ptr, z_ptr, bias_ptr, flags_ptr,
+    D_ptr, z_ptr, bias_ptr,
+    flags_ptr,  # (B, L) contiguous
     initial_ptr,  # (B, D, N)
     border_ptr,  # (B, chunks, G, blocks, NP, LANES): states that chunks begin with
     out_ptr,  # (B, L, D) contiguous
@@ -340,13 +396,12 @@ def _forward_kernel(
     stride_zb, stride_zl, stride_zd,
     stride_an, stride_ad,
     stride_Bn, stride_Bd, stride_Cn, stride_Cd,
-    stride_ib, stride_in, stride_id,
+    stride_ib, stride_id, stride_in,
     N: tl.constexpr, NP: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, GATHER: tl.constexpr, NVIDIA: tl.constexpr,
 ):
     # fmt: on
     """A program takes its channels through a chunk. Without out_ptr: the first pass over chunks."""
-    FLAGS: tl.constexpr = flags_ptr is not None
     B_FIXED: tl.constexpr = B_ptr is not None
     C_FIXED: tl.constexpr = C_ptr is not None
     pid = tl.program_id(0).to(tl.int64)
@@ -360,8 +415,15 @@ def _forward_kernel(
     valid = inner < width
     d = g * width + tl.minimum(inner, width - 1)
     n = _state_index(lane, NP, GATHER)
+    place = _place(lane, unit, NP, LANES)
+    tile = ((b * chunks + c) * groups * blocks + block) * (NP * LANES)
     begin = c * chunk
-    end = tl.minimum(begin + chunk, L)
+    steps = tl.minimum(L - begin, chunk)
+    first = begin  # its position
+    stride_ol = dim
+    stride_fl = 1
+    if REVERSE:
+        first = L - 1 - begin
 
     A = _channel_states(A_ptr, n, d, stride_an, stride_ad, N, NP, LANES) * 1.4426950408889634
     bias = _per_channel(bias_ptr, d, LANES)
@@ -372,39 +434,30 @@ def _forward_kernel(
         fixed_B = _channel_states(B_ptr, n, d, stride_Bn, stride_Bd, N, NP, LANES)
     if C_FIXED:
         fixed_C = _channel_states(C_ptr, n, d, stride_Cn, stride_Cd, N, NP, LANES)
-    u_row = u_ptr + b * stride_ub
-    delta_row = delta_ptr + b * stride_db
-    z_row = z_ptr
+    u_at = u_ptr + (b * stride_ub + first * stride_ul + d * stride_ud)
+    delta_at = delta_ptr + (b * stride_db + first * stride_dl + d * stride_dd)
+    z_at = z_ptr
     if z_ptr is not None:
-        z_row = z_ptr + b * stride_zb
-    out_step = dim
-    out_row = out_ptr
+        z_at = z_ptr + (b * stride_zb + first * stride_zl + d * stride_zd)
+    out_at = out_ptr
     if out_ptr is not None:
-        out_row = out_ptr + b * L * dim
-    if REVERSE:
-        u_row += (L - 1) * stride_ul
-        delta_row += (L - 1) * stride_dl
-        stride_ul = -stride_ul
-        stride_dl = -stride_dl
-        if z_ptr is not None:
-            z_row += (L - 1) * stride_zl
-            stride_zl = -stride_zl
-        if out_ptr is not None:
-            out_row += (L - 1) * dim
-            out_step = -dim
-    offset_u = d * stride_ud
-    offset_d = d * stride_dd
-    offset_z = d * stride_zd
-    offset_o = d * unit
-    place = _place(lane, unit, NP, LANES)
+        out_at = out_ptr + ((b * L + first) * dim + d * unit)
+    flags_at = flags_ptr
+    if flags_ptr is not None:
+        flags_at = flags_ptr + (b * L + first)
     packed_at = packed_ptr
     if packed_ptr is not None:
-        packed_at = packed_ptr + ((b * groups + g) * rows + begin) * (2 * NP) + n
+        packed_at = packed_ptr + (((b * groups + g) * rows + begin) * (2 * NP) + n)
     kept_at = kept_ptr
     if kept_ptr is not None:
         kept = b * tl.cdiv(L, STEPS) + begin // STEPS
-        kept_at = kept_ptr + (kept * groups * blocks + block) * (NP * LANES)
-    tile = ((b * chunks + c) * groups * blocks + block) * (NP * LANES)
+        kept_at = kept_ptr + ((kept * groups * blocks + block) * (NP * LANES) + place)
+    if REVERSE:
+        stride_ul = -stride_ul
+        stride_dl = -stride_dl
+        stride_zl = -stride_zl
+        stride_ol = -stride_ol
+        stride_fl = -stride_fl
 
     h = A * 0.0
     if initial_ptr is not None:
@@ -415,43 +468,35 @@ def _forward_kernel(
         if c > 0:
             h = _states(border_ptr + tile + place, NP, LANES)
     sum_d = tl.zeros([LANES], tl.float32)
-    k = tl.arange(0, STEPS)[:, None].to(tl.int64)
-    for t in range(begin, end, STEPS):
-        ok = k < end - t
-        u = _steps(u_row, t, k, stride_ul, offset_u, ok)
-        step = _steps(delta_row, t, k, stride_dl, offset_d, ok) + bias[None, :]
-        if SOFTPLUS:
-            step = softplus(step)
-        live, reset = _live(flags_ptr, b, t, k, L, ok, REVERSE)
-        step = tl.where(live, step, 0.0)
-        if FLAGS:
-            u = tl.where(live, u, 0.0)
-            reset = tl.broadcast_to(reset, step.shape)
-        x = step * u
-        y = tl.zeros([STEPS, LANES], tl.float32)
+    for _ in range(steps // STEPS):
         if kept_ptr is not None:
-            tl.store(kept_at + place, tl.reshape(h, place.shape))
+            tl.store(kept_at, tl.reshape(h, place.shape))
             kept_at += groups * blocks * (NP * LANES)
-        for i in tl.static_range(STEPS):
-            B = _row(fixed_B, packed_at, i, 0, B_FIXED, NP, LANES)
-            h = _decay(step, A, reset, i, STEPS, FLAGS) * h + _take(x, i, STEPS)[None, :] * B
-            if out_ptr is not None:
-                C = _row(fixed_C, packed_at, i, 1, C_FIXED, NP, LANES)
-                y = _put(y, tl.sum(h * C, 0), i, STEPS)
+        h, sum_d = _forward_block(
+            h, sum_d, A, bias, skip, fixed_B, fixed_C,
+            u_at, delta_at, z_at, out_at, flags_at, packed_at,
+            stride_ul, stride_dl, stride_zl, stride_ol, stride_fl, STEPS, valid,
+            NP, LANES, STEPS, False, SOFTPLUS, B_FIXED, C_FIXED, NVIDIA,
+        )  # fmt: skip
+        u_at += STEPS * stride_ul
+        delta_at += STEPS * stride_dl
+        if z_ptr is not None:
+            z_at += STEPS * stride_zl
         if out_ptr is not None:
-            y += skip[None, :] * u
-            if FLAGS:
-                y = tl.where(live, y, 0.0)
-            if z_ptr is not None:
-                y *= silu(_steps(z_row, t, k, stride_zl, offset_z, ok), NVIDIA)
-            at = out_row + t * out_step + (k * out_step + offset_o[None, :])
-            tl.store(at, y.to(out_ptr.dtype.element_ty), mask=ok & valid[None, :])
-        else:
-            sum_d += tl.sum(step, 0)
-            if FLAGS:
-                sum_d += tl.sum(-reset, 0)
+            out_at += STEPS * stride_ol
+        if flags_ptr is not None:
+            flags_at += STEPS * stride_fl
         if packed_ptr is not None:
             packed_at += STEPS * 2 * NP
+    if steps % STEPS > 0:
+        if kept_ptr is not None:
+            tl.store(kept_at, tl.reshape(h, place.shape))
+        h, sum_d = _forward_block(
+            h, sum_d, A, bias, skip, fixed_B, fixed_C,
+            u_at, delta_at, z_at, out_at, flags_at, packed_at,
+            stride_ul, stride_dl, stride_zl, stride_ol, stride_fl, steps % STEPS, valid,
+            NP, LANES, STEPS, True, SOFTPLUS, B_FIXED, C_FIXED, NVIDIA,
+        )  # fmt: skip
 
     if last_ptr is not None:
         if c == chunks - 1:
@@ -461,7 +506,7 @@ def _forward_kernel(
     if own_ptr is not None:
         tl.store(own_ptr + tile + place, tl.reshape(h, place.shape))
         decay = tl.math.exp2(sum_d[None, :] * A)
-        if FLAGS:
+        if flags_ptr is not None:
             decay = tl.where((sum_d == float("inf"))[None, :], 0.0, decay)
         tl.store(decay_ptr + tile + place, tl.reshape(decay, place.shape))
 
@@ -476,25 +521,11 @@ def _forward_step(
 
 
 @jit
-def _two_inputs(
-    u_row, delta_row, flags_ptr, b, t, k, end, L, stride_ul, stride_dl, offset_u, offset_d, bias,
-    REVERSE: tl.constexpr, FLAGS: tl.constexpr,
-):  # fmt: skip
-    """u, delta + bias, which of the two steps are live, and resets."""
-    ok = k < end - t
-    u = _steps(u_row, t, k, stride_ul, offset_u, ok)
-    raw = _steps(delta_row, t, k, stride_dl, offset_d, ok) + bias[None, :]
-    live, reset = _live(flags_ptr, b, t, k, L, ok, REVERSE)
-    if FLAGS:
-        u = tl.where(live, u, 0.0)
-        reset = tl.broadcast_to(reset, u.shape)
-    return u, raw, ok, live, reset
-
-
-@jit
-def _write_lane_sums(at, x, lane, NP: tl.constexpr, LANES: tl.constexpr, GATHER: tl.constexpr):
+def _write_lane_sums(
+    at, x, lane, wanted, NP: tl.constexpr, LANES: tl.constexpr, GATHER: tl.constexpr
+):
     n, writes = _sum_index(lane, NP)
-    tl.store(at + n, _lane_sums(x, lane, NP, LANES, GATHER), mask=writes)
+    tl.store(at + n, _lane_sums(x, lane, NP, LANES, GATHER), mask=writes & wanted)
 
 
 # fmt: off
@@ -507,7 +538,8 @@ def _backward_kernel(
     u_ptr, delta_ptr, A_ptr,
     B_ptr, C_ptr,  # (D, N) where fixed
     packed_ptr,  # (B, G, rows, 2, NP)
-    D_ptr, z_ptr, bias_ptr, flags_ptr,
+    D_ptr, z_ptr, bias_ptr,
+    flags_ptr,  # (B, L) contiguous
     du_ptr, ddelta_ptr, dz_ptr,  # (B, L, D) contiguous
     parts_ptr,  # (B, L, G, blocks, 2, NP): of dB and dC
     dA_ptr, dB_ptr, dC_ptr,  # (B, chunks, N, D): parts, dB and dC where fixed
@@ -515,23 +547,26 @@ def _backward_kernel(
     dinitial_ptr,  # (B, D, N) contiguous
     L, dim, groups, blocks, rows, chunk, chunks, unit,
     stride_gb, stride_gl, stride_gd,
-    stride_lb, stride_ln, stride_ld,
     stride_ub, stride_ul, stride_ud,
     stride_db, stride_dl, stride_dd,
     stride_zb, stride_zl, stride_zd,
     stride_an, stride_ad,
     stride_Bn, stride_Bd, stride_Cn, stride_Cd,
+    stride_lb, stride_ld, stride_ln,
     N: tl.constexpr, NP: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, GATHER: tl.constexpr, NVIDIA: tl.constexpr,
-    NEED_B: tl.constexpr, NEED_C: tl.constexpr,
+    ALIKE: tl.constexpr, NEED_B: tl.constexpr, NEED_C: tl.constexpr,
 ):
     # fmt: on
-    """A program takes its channels back through a chunk, two steps at a time."""
+    """A program takes its channels back through a chunk, two steps at a time.
+
+    ALIKE: the tensors of (B, L, D) all have the same stride along D.
+    """
     FLAGS: tl.constexpr = flags_ptr is not None
     B_FIXED: tl.constexpr = B_ptr is not None
     C_FIXED: tl.constexpr = C_ptr is not None
     pid = tl.program_id(0).to(tl.int64)
-    block = pid % (groups * blocks)
+    block = pid % (groups * blocks)  # of all channels; neighbours share B and C
     c = pid // (groups * blocks) % chunks
     b = pid // (groups * blocks) // chunks
     g = block // blocks
@@ -541,8 +576,15 @@ def _backward_kernel(
     valid = inner < width
     d = g * width + tl.minimum(inner, width - 1)
     n = _state_index(lane, NP, GATHER)
+    place = _place(lane, unit, NP, LANES)
+    tile = ((b * chunks + c) * groups * blocks + block) * (NP * LANES)
     begin = c * chunk
-    end = tl.minimum(begin + chunk, L)
+    steps = tl.minimum(L - begin, chunk).to(tl.int32)
+    first = begin  # its position
+    stride_ol = dim
+    stride_fl = 1
+    if REVERSE:
+        first = L - 1 - begin
 
     A = _channel_states(A_ptr, n, d, stride_an, stride_ad, N, NP, LANES) * 1.4426950408889634
     bias = _per_channel(bias_ptr, d, LANES)
@@ -553,39 +595,43 @@ def _backward_kernel(
         fixed_B = _channel_states(B_ptr, n, d, stride_Bn, stride_Bd, N, NP, LANES)
     if C_FIXED:
         fixed_C = _channel_states(C_ptr, n, d, stride_Cn, stride_Cd, N, NP, LANES)
-    dout_row = dout_ptr + b * stride_gb
-    u_row = u_ptr + b * stride_ub
-    delta_row = delta_ptr + b * stride_db
+    dout_row = dout_ptr + (b * stride_gb + first * stride_gl)
+    u_row = u_ptr + (b * stride_ub + first * stride_ul)
+    delta_row = delta_ptr + (b * stride_db + first * stride_dl)
     z_row = z_ptr
     if z_ptr is not None:
-        z_row = z_ptr + b * stride_zb
-    to_row = b * L * dim
-    to_step = dim
+        z_row = z_ptr + (b * stride_zb + first * stride_zl)
+    flags_row = flags_ptr
+    if flags_ptr is not None:
+        flags_row = flags_ptr + (b * L + first)
+    out_row = (b * L + first) * dim
     if REVERSE:
-        dout_row += (L - 1) * stride_gl
-        u_row += (L - 1) * stride_ul
-        delta_row += (L - 1) * stride_dl
         stride_gl = -stride_gl
         stride_ul = -stride_ul
         stride_dl = -stride_dl
-        if z_ptr is not None:
-            z_row += (L - 1) * stride_zl
-            stride_zl = -stride_zl
-        to_row += (L - 1) * dim
-        to_step = -dim
-    offset_g = d * stride_gd
+        stride_zl = -stride_zl
+        stride_ol = -stride_ol
+        stride_fl = -stride_fl
     offset_u = d * stride_ud
-    offset_d = d * stride_dd
-    offset_z = d * stride_zd
-    offset_o = d * unit
-    place = _place(lane, unit, NP, LANES)
+    if ALIKE:
+        offset_d = offset_u
+        offset_z = offset_u
+        offset_g = offset_u
+        offset_o = offset_u
+    else:
+        offset_d = d * stride_dd
+        offset_z = d * stride_zd
+        offset_g = d * stride_gd
+        offset_o = d * unit
     packed_row = packed_ptr
     if packed_ptr is not None:
-        packed_row = packed_ptr + (b * groups + g) * rows * (2 * NP)
-    kept_row = kept_ptr + (b * tl.cdiv(L, STEPS) * groups * blocks + block) * (NP * LANES)
+        packed_row = packed_ptr + ((b * groups + g) * rows + begin) * (2 * NP)
+    kept = b * tl.cdiv(L, STEPS) + begin // STEPS
+    kept_row = kept_ptr + (kept * groups * blocks + block) * (NP * LANES)
     parts_row = parts_ptr
+    parts_step = groups * blocks * (2 * NP)
     if parts_ptr is not None:
-        parts_row = parts_ptr + (b * L * groups * blocks + block) * (2 * NP)
+        parts_row = parts_ptr + ((b * L + begin) * groups * blocks + block) * (2 * NP)
 
     carry = A * 0.0
     if dlast_ptr is not None:
@@ -595,7 +641,6 @@ def _backward_kernel(
             carry = tl.where(valid[None, :], carry, 0.0)
     if border_ptr is not None:
         if c < chunks - 1:
-            tile = ((b * chunks + c) * groups * blocks + block) * (NP * LANES)
             carry = _states(border_ptr + tile + place, NP, LANES)
     dA = A * 0.0
     dB = A * 0.0
@@ -603,20 +648,29 @@ def _backward_kernel(
     dD = tl.zeros([LANES], tl.float32)
     dbias = tl.zeros([LANES], tl.float32)
     k = tl.arange(0, 2)[:, None].to(tl.int64)
-    pairs = tl.cdiv(end - begin, 2)
+    pairs = tl.cdiv(steps, 2)
     for i in range(pairs):
-        # The compiler must not see how t moves: it would keep a pointer for every tensor.
-        t = begin + (((pairs - 1 - i) * 2) ^ (unit - 1))
-        h = _states(kept_row + t // STEPS * groups * blocks * (NP * LANES) + place, NP, LANES)
+        # The compiler must not see how t moves: it would keep pointers to all tensors in registers.
+        t = ((pairs - 1 - i) * 2) ^ (unit - 1)
+        full = t + 1 < steps
+        ok = (k == 0) | full
+        inside = ok & valid[None, :]
+        t64 = t.to(tl.int64)
+        kept_at = kept_row + t64 // STEPS * groups * blocks * (NP * LANES) + place
+        h = _states(kept_at, NP, LANES)
         for j in range(t % STEPS // 2):
-            before = t // STEPS * STEPS + j * 2
-            u, step, ok, live, reset = _two_inputs(
-                u_row, delta_row, flags_ptr, b, before, k, end, L, stride_ul, stride_dl,
-                offset_u, offset_d, bias, REVERSE, FLAGS,
-            )  # fmt: skip
+            before = t64 // STEPS * STEPS + j * 2
+            u = _steps(u_row + before * stride_ul + offset_u, k, stride_ul, None)
+            step = _steps(delta_row + before * stride_dl + offset_d, k, stride_dl, None)
+            step += bias[None, :]
             if SOFTPLUS:
                 step = softplus(step)
-            step = tl.where(live, step, 0.0)
+            reset = step
+            if FLAGS:
+                live, reset = _flags(flags_row + before * stride_fl, k, stride_fl, None)
+                step = tl.where(live, step, 0.0)
+                u = tl.where(live, u, 0.0)
+                reset = tl.broadcast_to(reset, step.shape)
             packed_at = packed_row
             if packed_ptr is not None:
                 packed_at = packed_row + before * (2 * NP) + n
@@ -624,65 +678,62 @@ def _backward_kernel(
                 B = _row(fixed_B, packed_at, m, 0, B_FIXED, NP, LANES)
                 _, h = _forward_step(h, step, step * u, A, reset, B, m, 2, FLAGS)
 
-        u, raw, ok, live, reset = _two_inputs(
-            u_row, delta_row, flags_ptr, b, t, k, end, L, stride_ul, stride_dl,
-            offset_u, offset_d, bias, REVERSE, FLAGS,
-        )  # fmt: skip
-        inside = ok & valid[None, :]
-        moving = live & valid[None, :]
-        dout = _steps(dout_row, t, k, stride_gl, offset_g, inside)
+        u = _steps(u_row + t64 * stride_ul + offset_u, k, stride_ul, ok)
+        step = _steps(delta_row + t64 * stride_dl + offset_d, k, stride_dl, ok) + bias[None, :]
+        dout = _steps(dout_row + t64 * stride_gl + offset_g, k, stride_gl, inside)
         if SOFTPLUS:
-            step, slope = softplus_slope(raw, NVIDIA)
+            step, slope = softplus_slope(step, NVIDIA)
         else:
-            step = raw
-            slope = tl.full(raw.shape, 1.0, tl.float32)
-        step = tl.where(live, step, 0.0)
-        slope = tl.where(moving, slope, 0.0)
+            slope = tl.full(step.shape, 1.0, tl.float32)
+        step = tl.where(ok, step, 0.0)
+        slope = tl.where(ok, slope, 0.0)
+        reset = step
         if FLAGS:
+            live, reset = _flags(flags_row + t64 * stride_fl, k, stride_fl, ok)
+            step = tl.where(live, step, 0.0)
+            slope = tl.where(live, slope, 0.0)
+            u = tl.where(live, u, 0.0)
             dout = tl.where(live, dout, 0.0)
+            reset = tl.broadcast_to(reset, step.shape)
         dy = dout
         if z_ptr is not None:
-            z = _steps(z_row, t, k, stride_zl, offset_z, ok)
+            z = _steps(z_row + t64 * stride_zl + offset_z, k, stride_zl, ok)
             gate, gate_slope = silu_slope(z, NVIDIA)
             dy = dout * gate
         x = step * u
+        at = out_row + t64 * stride_ol + offset_o
         packed_at = packed_row
         if packed_ptr is not None:
-            packed_at = packed_row + t * (2 * NP) + n
+            packed_at = packed_row + t64 * (2 * NP) + n
         parts_at = parts_row
-        parts_step = groups * blocks * (2 * NP)
         if parts_ptr is not None:
-            parts_at = parts_row + t * parts_step
+            parts_at = parts_row + t64 * parts_step
 
-        a0, h1 = _forward_step(
-            h, step, x, A, reset, _row(fixed_B, packed_at, 0, 0, B_FIXED, NP, LANES), 0, 2, FLAGS
-        )
-        a1, h2 = _forward_step(
-            h1, step, x, A, reset, _row(fixed_B, packed_at, 1, 0, B_FIXED, NP, LANES), 1, 2, FLAGS
-        )
+        B0 = _row(fixed_B, packed_at, 0, 0, B_FIXED, NP, LANES)
+        a0, h1 = _forward_step(h, step, x, A, reset, B0, 0, 2, FLAGS)
+        B1 = _row(fixed_B, packed_at, 1, 0, B_FIXED, NP, LANES)
+        a1, h2 = _forward_step(h1, step, x, A, reset, B1, 1, 2, FLAGS)
         if dz_ptr is not None:
-            y = skip[None, :] * u
-            C = _row(fixed_C, packed_at, 0, 1, C_FIXED, NP, LANES)
-            y = _put(y, _take(y, 0, 2) + tl.sum(h1 * C, 0), 0, 2)
-            C = _row(fixed_C, packed_at, 1, 1, C_FIXED, NP, LANES)
-            y = _put(y, _take(y, 1, 2) + tl.sum(h2 * C, 0), 1, 2)
-            at = dz_ptr + to_row + t * to_step + (k * to_step + offset_o[None, :])
-            tl.store(at, (dout * gate_slope * y).to(dz_ptr.dtype.element_ty), mask=inside)
+            y0 = tl.sum(h1 * _row(fixed_C, packed_at, 0, 1, C_FIXED, NP, LANES), 0)
+            y1 = tl.sum(h2 * _row(fixed_C, packed_at, 1, 1, C_FIXED, NP, LANES), 0)
+            y = skip[None, :] * u + _put(_put(u, y0, 0, 2), y1, 1, 2)
+            _write_steps(dz_ptr + at, dout * gate_slope * y, k, stride_ol, inside)
         if NEED_C:
             p0 = h1 * _take(dy, 0, 2)[None, :]
             p1 = h2 * _take(dy, 1, 2)[None, :]
             if C_FIXED:
                 dC += p0 + p1
             else:
-                _write_lane_sums(parts_at + NP, p0, lane, NP, LANES, GATHER)
-                if t + 1 < end:
-                    _write_lane_sums(parts_at + (parts_step + NP), p1, lane, NP, LANES, GATHER)
+                _write_lane_sums(parts_at + NP, p0, lane, True, NP, LANES, GATHER)
+                _write_lane_sums(parts_at + NP + parts_step, p1, lane, full, NP, LANES, GATHER)
 
-        g1 = _take(dy, 1, 2)[None, :] * _row(fixed_C, packed_at, 1, 1, C_FIXED, NP, LANES) + carry
+        C1 = _row(fixed_C, packed_at, 1, 1, C_FIXED, NP, LANES)
+        g1 = _take(dy, 1, 2)[None, :] * C1 + carry
         s1 = tl.sum(g1 * _row(fixed_B, packed_at, 1, 0, B_FIXED, NP, LANES), 0)
         carry = g1 * a1
         q1 = carry * h1
-        g0 = _take(dy, 0, 2)[None, :] * _row(fixed_C, packed_at, 0, 1, C_FIXED, NP, LANES) + carry
+        C0 = _row(fixed_C, packed_at, 0, 1, C_FIXED, NP, LANES)
+        g0 = _take(dy, 0, 2)[None, :] * C0 + carry
         s0 = tl.sum(g0 * _row(fixed_B, packed_at, 0, 0, B_FIXED, NP, LANES), 0)
         carry = g0 * a0
         q0 = carry * h
@@ -692,25 +743,21 @@ def _backward_kernel(
             if B_FIXED:
                 dB += p0 + p1
             else:
-                _write_lane_sums(parts_at, p0, lane, NP, LANES, GATHER)
-                if t + 1 < end:
-                    _write_lane_sums(parts_at + parts_step, p1, lane, NP, LANES, GATHER)
+                _write_lane_sums(parts_at, p0, lane, True, NP, LANES, GATHER)
+                _write_lane_sums(parts_at + parts_step, p1, lane, full, NP, LANES, GATHER)
         if dA_ptr is not None:
             dA += q0 * _take(step, 0, 2)[None, :] + q1 * _take(step, 1, 2)[None, :]
         if dD_ptr is not None:
             dD += tl.sum(dy * u, 0)
         s = _put(_put(u, s0, 0, 2), s1, 1, 2)
         if du_ptr is not None:
-            du = step * s + skip[None, :] * dy
-            at = du_ptr + to_row + t * to_step + (k * to_step + offset_o[None, :])
-            tl.store(at, du.to(du_ptr.dtype.element_ty), mask=inside)
+            _write_steps(du_ptr + at, step * s + skip[None, :] * dy, k, stride_ol, inside)
         if ddelta_ptr is not None or dbias_ptr is not None:
             r = _put(_put(u, tl.sum(q0 * A, 0), 0, 2), tl.sum(q1 * A, 0), 1, 2)
             ddelta = (u * s + r * 0.6931471805599453) * slope
             dbias += tl.sum(ddelta, 0)
             if ddelta_ptr is not None:
-                at = ddelta_ptr + to_row + t * to_step + (k * to_step + offset_o[None, :])
-                tl.store(at, ddelta.to(ddelta_ptr.dtype.element_ty), mask=inside)
+                _write_steps(ddelta_ptr + at, ddelta, k, stride_ol, inside)
 
     to = tl.reshape(n, [NP, LANES])
     whole = valid[None, :] & (to < N)
@@ -728,7 +775,7 @@ def _backward_kernel(
         tl.store(dbias_ptr + part, dbias, mask=valid)
     if dinitial_ptr is not None:
         if c == 0:
-            at = dinitial_ptr + (b * dim + d[None, :]) * N + to
+            at = dinitial_ptr + ((b * dim + d[None, :]) * N + to)
             tl.store(at, carry.to(dinitial_ptr.dtype.element_ty), mask=whole)
 
 
@@ -741,10 +788,10 @@ def _backward_border_kernel(
     own_ptr, decay_ptr,  # (B, chunks, G, blocks, NP, LANES)
     L, dim, groups, blocks, rows, chunk, chunks, unit,
     stride_gb, stride_gl, stride_gd,
-    stride_lb, stride_ln, stride_ld,
     stride_db, stride_dl, stride_dd,
     stride_zb, stride_zl, stride_zd,
     stride_an, stride_ad, stride_Cn, stride_Cd,
+    stride_lb, stride_ld, stride_ln,
     N: tl.constexpr, NP: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, GATHER: tl.constexpr, NVIDIA: tl.constexpr,
 ):
@@ -763,31 +810,36 @@ def _backward_border_kernel(
     valid = inner < width
     d = g * width + tl.minimum(inner, width - 1)
     n = _state_index(lane, NP, GATHER)
+    place = _place(lane, unit, NP, LANES)
+    tile = ((b * chunks + c) * groups * blocks + block) * (NP * LANES)
     begin = c * chunk
-    end = tl.minimum(begin + chunk, L)
+    steps = tl.minimum(L - begin, chunk).to(tl.int32)
+    first = begin
+    stride_fl = 1
+    if REVERSE:
+        first = L - 1 - begin
 
     A = _channel_states(A_ptr, n, d, stride_an, stride_ad, N, NP, LANES) * 1.4426950408889634
     bias = _per_channel(bias_ptr, d, LANES)
     fixed_C = A
     if C_FIXED:
         fixed_C = _channel_states(C_ptr, n, d, stride_Cn, stride_Cd, N, NP, LANES)
-    dout_row = dout_ptr + b * stride_gb
-    delta_row = delta_ptr + b * stride_db
-    z_row = z_ptr
+    dout_at = dout_ptr + (b * stride_gb + first * stride_gl + d * stride_gd)
+    delta_at = delta_ptr + (b * stride_db + first * stride_dl + d * stride_dd)
+    z_at = z_ptr
     if z_ptr is not None:
-        z_row = z_ptr + b * stride_zb
+        z_at = z_ptr + (b * stride_zb + first * stride_zl + d * stride_zd)
+    flags_at = flags_ptr
+    if flags_ptr is not None:
+        flags_at = flags_ptr + (b * L + first)
+    packed_at = packed_ptr
+    if packed_ptr is not None:
+        packed_at = packed_ptr + (((b * groups + g) * rows + begin) * (2 * NP) + n)
     if REVERSE:
-        dout_row += (L - 1) * stride_gl
-        delta_row += (L - 1) * stride_dl
         stride_gl = -stride_gl
         stride_dl = -stride_dl
-        if z_ptr is not None:
-            z_row += (L - 1) * stride_zl
-            stride_zl = -stride_zl
-    offset_g = d * stride_gd
-    offset_d = d * stride_dd
-    offset_z = d * stride_zd
-    place = _place(lane, unit, NP, LANES)
+        stride_zl = -stride_zl
+        stride_fl = -stride_fl
     carry = A * 0.0
     if dlast_ptr is not None:
         if c == chunks - 1:
@@ -796,31 +848,32 @@ def _backward_border_kernel(
             carry = tl.where(valid[None, :], carry, 0.0)
     sum_d = tl.zeros([LANES], tl.float32)
     k = tl.arange(0, STEPS)[:, None].to(tl.int64)
-    many = tl.cdiv(end - begin, STEPS)
+    many = tl.cdiv(steps, STEPS)
     for i in range(many):
-        t = begin + (((many - 1 - i) * STEPS) ^ (unit - 1))
-        ok = k < end - t
-        step = _steps(delta_row, t, k, stride_dl, offset_d, ok) + bias[None, :]
+        t = ((many - 1 - i) * STEPS).to(tl.int64)
+        ok = k < steps - t
+        step = _steps(delta_at + t * stride_dl, k, stride_dl, ok) + bias[None, :]
+        dy = _steps(dout_at + t * stride_gl, k, stride_gl, ok & valid[None, :])
         if SOFTPLUS:
             step = softplus(step)
-        live, reset = _live(flags_ptr, b, t, k, L, ok, REVERSE)
-        step = tl.where(live, step, 0.0)
-        dy = _steps(dout_row, t, k, stride_gl, offset_g, ok & valid[None, :])
+        step = tl.where(ok, step, 0.0)
+        reset = step
         if FLAGS:
+            live, reset = _flags(flags_at + t * stride_fl, k, stride_fl, ok)
+            step = tl.where(live, step, 0.0)
             dy = tl.where(live, dy, 0.0)
+            sum_d -= tl.sum(reset, 0)
             reset = tl.broadcast_to(reset, step.shape)
-            sum_d += tl.sum(-reset, 0)
         if z_ptr is not None:
-            dy *= silu(_steps(z_row, t, k, stride_zl, offset_z, ok), NVIDIA)
+            dy *= silu(_steps(z_at + t * stride_zl, k, stride_zl, ok), NVIDIA)
         sum_d += tl.sum(step, 0)
-        packed_at = packed_ptr
+        row_at = packed_at
         if packed_ptr is not None:
-            packed_at = packed_ptr + ((b * groups + g) * rows + t) * (2 * NP) + n
+            row_at = packed_at + t * (2 * NP)
         for m in tl.static_range(STEPS - 1, -1, -1):
-            C = _row(fixed_C, packed_at, m, 1, C_FIXED, NP, LANES)
+            C = _row(fixed_C, row_at, m, 1, C_FIXED, NP, LANES)
             carry += _take(dy, m, STEPS)[None, :] * C
             carry *= _decay(step, A, reset, m, STEPS, FLAGS)
-    tile = ((b * chunks + c) * groups * blocks + block) * (NP * LANES)
     tl.store(own_ptr + tile + place, tl.reshape(carry, place.shape))
     decay = tl.math.exp2(sum_d[None, :] * A)
     if FLAGS:
@@ -836,7 +889,8 @@ def _sizes(state: int) -> dict[str, Any]:
         "NP": padded,
         "LANES": LANES,
         "STEPS": STEPS,
-        "GATHER": hasattr(tl, "gather"),  # Triton 3.3 has it
+        # Triton 3.3 has it; the interpreter is quicker with a sum.
+        "GATHER": hasattr(tl, "gather") and not triton_interpreted(),
         "NVIDIA": nvidia(),
         "num_warps": max(1, padded // 16),
     }
@@ -1064,6 +1118,7 @@ def _launch_bwd(
         dout, dlast, kept, border, u, delta, A, fixed_B, fixed_C, packed, D, z, delta_bias, flags,
         du, ddelta, dz, parts, dA, dB, dC, dD, dbias, dinitial,
         **common, **_named("u", u), stride_Bn=strides_B[0], stride_Bd=strides_B[1],
+        ALIKE=len({1, *(x.stride(2) for x in (dout, u, delta, z) if x is not None)}) == 1,
         NEED_B=wanted["B"], NEED_C=wanted["C"], **sizes,
     )  # fmt: skip
     if dA is not None:

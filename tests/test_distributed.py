@@ -34,7 +34,7 @@ Start = Callable[..., list[subprocess.Popen[str]]]
 PROGRAM = """
 import os, signal, sys
 import torch
-import emrrg.evaluation, emrrg.train
+import emrrg.engine, emrrg.evaluation, emrrg.train
 from emrrg.config import run_command
 from emrrg.distributed import joined
 score = emrrg.evaluation.score_reports
@@ -129,8 +129,21 @@ def test_two_and_three_processes_equal_one(
         out = lambda name: ["--output", {str(tmp_path)!r} + "/" + name]
         with joined(torch.device("cpu")) as world:
             assert main([*flags, "--batch-size", "2", *out("two")]) == 0
+            synchronised, replicated = [], emrrg.engine.replicated
+            def counted(*args):
+                network = replicated(*args)
+                def hook(_, bucket):
+                    if bucket.is_last():
+                        synchronised.append(1)
+                    done = torch.distributed.all_reduce(bucket.buffer(), async_op=True)
+                    return done.get_future().then(lambda f: f.value()[0] / 2)
+                network.register_comm_hook(None, hook)
+                return network
+            emrrg.engine.replicated = counted
             assert main([*flags, "--batch-size", "1", "--accumulate", "2", "--no-bucket",
                          *out("accumulated")]) == 0
+            assert len(synchronised) == 8, synchronised  # once a step, not once a batch
+            emrrg.engine.replicated = replicated
             assert main([*brief, *adapt, "--batch-size", "2", "--init", base, *out("peft")]) == 0
             assert main([*brief, *adapt, "--batch-size", "2", "--init", base, "--shard-llm",
                          *out("sharded")]) == 0

@@ -134,6 +134,18 @@ def test_the_default_run_in_small(
         assert text in said, text
 
 
+def test_the_bar_on_a_terminal(
+    train: Train, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert train(*small, "--output", tmp_path / "run") == 0
+    captured = capsys.readouterr()
+    assert "6/6" in captured.err and "studies/s" in captured.err and "tokens/s" in captured.err
+    assert "step 3/6" not in captured.out  # no plain lines beside it
+    assert "epoch 2: validation BLEU-4" in captured.out
+
+
 def test_what_was_saved_is_what_was_scored(trained: Path, brief: list[str]) -> None:
     predictions = json.loads((trained / "predictions.json").read_text())
     config = read_run_config(trained)

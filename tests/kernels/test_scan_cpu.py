@@ -54,6 +54,7 @@ def compare(name: str, ours: Tensor | None, truth: Tensor | None) -> None:
     assert (ours is None) == (truth is None), name
     if ours is None or truth is None:
         return
+    truth = truth.detach()
     assert ours.shape == truth.shape, name
     scale = float(truth.abs().max()) if truth.numel() else 0.0
     torch.testing.assert_close(
@@ -626,8 +627,8 @@ def test_empty_cross(native: bool, empty: str) -> None:
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_cross_in_half_precision(native: bool, dtype: torch.dtype) -> None:
     """At most twice plain torch's error; parameters, B and C are fp32 as the encoder has them."""
-    orders = ORDERS["encoder"]
-    inputs, dout = draw_cross(orders, 1, 12, 16)
+    orders = visiting_orders(4, 5, 10)
+    inputs, dout = draw_cross(orders, 2, 12, 16)
     half = [t.to(dtype) if i in (0, 1, 6) else t.float() for i, t in enumerate(inputs)]
     dout = dout.to(dtype)
     truth = leaves(half, torch.float64)
@@ -721,13 +722,13 @@ def test_torch_conv_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_conv_in_half_precision(native: bool, dtype: torch.dtype) -> None:
     """At most twice plain torch's error, from a view as the encoder gives it."""
-    orders = ORDERS["encoder"]
+    orders = visiting_orders(4, 5, 10)
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 197, 40, generator=g).to(dtype)[..., :20]
+    x = torch.randn(2, 21, 40, generator=g).to(dtype)[..., :20]
     weight = torch.randn(4, 20, 4, generator=g).to(dtype)
     bias = torch.randn(4, 20, generator=g).to(dtype)
     given = [x, weight, bias]
-    dout = torch.randn(4, 2, 197, 20, generator=g).to(dtype)
+    dout = torch.randn(4, 2, 21, 20, generator=g).to(dtype)
     truth, plain = leaves(given, torch.float64), [t.clone().requires_grad_() for t in given]
     out, low_out = (causal_conv1d_ref(*t, orders) for t in (truth, plain))
     expected, usual = gradients([out], truth, [dout]), gradients([low_out], plain, [dout])
