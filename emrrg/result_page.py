@@ -11,6 +11,7 @@ How a study's two reports are marked is for the eye only; the scores are those o
 from __future__ import annotations
 
 import base64
+import contextlib
 import difflib
 import hashlib
 import io
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from emrrg.data.dataset import PhantomStudies, RecordStudies, Studies
 from emrrg.data.images import open_image
+from emrrg.errors import InputError
 from emrrg.evaluation import Evaluation
 from emrrg.heatmap import SentenceMap
 from emrrg.metrics.clinical import (
@@ -185,7 +187,8 @@ def write_result_page(
         total=len(result.ids),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    # A report may hold half a character; and the policy's hashes know one kind of line end.
+    path.write_text(page, encoding="utf-8", errors="replace", newline="\n")
     return synthetic
 
 
@@ -449,7 +452,10 @@ def _case(
     sides = score_sides([hypothesis], [reference])["observations"]
     shown = [n for n in dict.fromkeys((*groups, *SHOWN_COLUMNS)) if attributes.get(n)]
     prior = known_priors([attributes.get(PRIORS)], [result.ids[i]], PRIORS)
-    looks = list(maps(studies[place].images, hypothesis)) if maps else []
+    looks: Sequence[SentenceMap] = ()
+    if maps:
+        with contextlib.suppress(InputError):  # longer than the decoder's positions
+            looks = maps(studies[place].images, hypothesis)
     pictures, left_out = _pictures(studies, place)
     overlays, highest = _overlays(looks)
     return Case(

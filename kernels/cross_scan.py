@@ -345,9 +345,9 @@ def _cross_scan_bwd_kernel(
     # fmt: on
     """A program takes a block of channels of a sample through all orders; PARALLEL: through one."""
     WHOLE_N: tl.constexpr = N == BLOCK_N
-    NEED_P: tl.constexpr = NEED_DELTA or NEED_BIAS
-    FORWARD: tl.constexpr = NEED_P or NEED_A or NEED_C or NEED_D or NEED_Z
-    BACKWARD: tl.constexpr = NEED_P or NEED_B or NEED_U
+    NEED_P: tl.constexpr = NEED_DELTA | NEED_BIAS
+    FORWARD: tl.constexpr = NEED_P | NEED_A | NEED_C | NEED_D | NEED_Z
+    BACKWARD: tl.constexpr = NEED_P | NEED_B | NEED_U
     b = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1).to(tl.int64)
     blocks = tl.num_programs(1)

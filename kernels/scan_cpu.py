@@ -66,8 +66,8 @@ def scan_forward(
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state, flags, delta_softplus, reverse)
     if not native:
         return scan_torch.scan_forward(*inputs)
-    out = torch.empty(u.shape, dtype=u.dtype)
-    last = torch.empty(u.shape[0], *A.shape, dtype=torch.float32)
+    out = u.new_empty(u.shape)
+    last = u.new_empty(u.shape[0], *A.shape, dtype=torch.float32)
     _scan_native(*inputs, out=out, last=last)
     return out, last
 
@@ -146,7 +146,7 @@ def cross_forward(
     inputs = (u, delta, A, B, C, D, z, delta_bias, orders)
     if not native:
         return scan_torch.cross_forward(*inputs)
-    out = torch.empty(z.shape, dtype=z.dtype)
+    out = z.new_empty(z.shape)
     _cross_native(*inputs, out=out)
     return out
 
@@ -207,7 +207,7 @@ def conv_forward(
     """
     if not native:
         return scan_torch.conv_forward(x, weight, bias, orders, silu)
-    out = torch.empty(len(orders), *x.shape, dtype=x.dtype)
+    out = x.new_empty(len(orders), *x.shape)
     _conv_native(x, weight, bias, orders, silu, out=out)
     return out
 
@@ -332,12 +332,12 @@ def _plain(x: Tensor | None) -> Tensor | None:
 
 def _room(x: Tensor | None, need: bool) -> Tensor | None:
     """A gradient that is wholly written."""
-    return torch.empty(x.shape, dtype=x.dtype) if need and x is not None else None
+    return x.new_empty(x.shape) if need and x is not None else None
 
 
 def _sum_room(x: Tensor | None, need: bool) -> Tensor | None:
     """A gradient in fp32: a sum over samples, zeros where there are none."""
-    return torch.zeros(x.shape, dtype=torch.float32) if need and x is not None else None
+    return x.new_zeros(x.shape, dtype=torch.float32) if need and x is not None else None
 
 
 def _scan_native(

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -37,6 +38,7 @@ from kernels.reference import RESET, SKIP
 
 CHUNK = 1 << 17  # elements of a chunk of states for each thread: they stay in its cache
 BLOCK = 1 << 18  # elements without states that are computed at once
+KEPT = 1 << 21  # elements, at most, of a buffer that a thread keeps
 MIN_STEPS = 4  # of a chunk, however large a step is: the loop's overhead, and the states kept
 
 
@@ -57,14 +59,15 @@ def scan_forward(
     """The output and the last state."""
     scan = _scan(u, delta, A, B, C, D, delta_bias, initial_state, flags, delta_softplus, reverse)
     groups = scan.A.shape[0]
-    out, memory = torch.empty(u.shape, dtype=u.dtype), _Memory()
-    last = torch.empty(u.shape[0], *A.shape, dtype=scan.A.dtype)
+    out, last = u.new_empty(u.shape), scan.A.new_empty(u.shape[0], *A.shape)
+    memory = _Memory(scan.A)
     out_steps, z_steps = _steps(out, groups), None if z is None else _steps(z, groups)
     for part in scan.parts():
         state = part.of(_state(last, groups))
         for block, y in _outputs(part.of_scan(scan), state, memory):
             if z_steps is not None:
-                y *= F.silu(block.cut(part.of(z_steps)))
+                gate = block.cut(part.of(z_steps))
+                y *= torch.ops.aten.silu.out(gate, out=block.room("spare"))
             block.join(block.mask(y), part.of(out_steps))
     return out, last
 
@@ -90,7 +93,7 @@ def scan_backward(
     scan = _scan(u, delta, A, B, C, D, delta_bias, initial_state, flags, delta_softplus, reverse)
     groups = scan.A.shape[0]
     du, ddelta, dz = (
-        torch.empty(x.shape, dtype=x.dtype) if need and x is not None else None
+        x.new_empty(x.shape) if need and x is not None else None
         for x, need in ((u, needs[0]), (delta, needs[1]), (z, needs[6]))
     )
     du_steps, ddelta_steps, dz_steps, z_steps, dout_steps = (
@@ -98,7 +101,7 @@ def scan_backward(
     )
     grads = _Grads.zeros(scan, du_steps, ddelta_steps, [*needs[2:6], *needs[7:]])
     end_gradient = None if dlast is None else _state(dlast.to(scan.A.dtype), groups)
-    memory = _Memory()
+    memory = _Memory(scan.A)
     for part in scan.parts():
         end = None if end_gradient is None else part.of(end_gradient)
         backward = _Backward(part.of_scan(scan), part.of_grads(grads), end, memory)
@@ -109,8 +112,10 @@ def scan_backward(
                 dy.copy_(block.cut(part.of(dout_steps)))
             if z_steps is not None:
                 gate = block.cut(part.of(z_steps))
-                slope = torch.ops.aten.silu_backward(dy, gate) if dz is not None else dy
-                dy *= F.silu(gate)
+                slope = block.room("slope")
+                if dz is not None:
+                    torch.ops.aten.silu_backward.grad_input(dy, gate, grad_input=slope)
+                dy *= torch.ops.aten.silu.out(gate, out=block.room("spare"))
             backward.run(block, block.mask(dy), y)
             if dz_steps is not None and y is not None:
                 block.join(block.mask(y.mul_(slope)), part.of(dz_steps))
@@ -141,7 +146,7 @@ def cross_forward(
 ) -> Tensor:
     """The output."""
     scan = _cross(u, delta, A, B, C, D, delta_bias)
-    total, memory = torch.zeros(z.shape, dtype=scan.A.dtype), _Memory()
+    total, memory = scan.A.new_zeros(z.shape), _Memory(scan.A)
     for part in scan.parts():
         ours, tokens = part.of_scan(scan), part.of_tokens(total)
         for block, y in _outputs(ours, ours.start(), memory):
@@ -167,14 +172,13 @@ def cross_backward(
     scan = _cross(u, delta, A, B, C, D, delta_bias)
     dtype = scan.A.dtype
     du, ddelta = (
-        torch.empty(x.shape, dtype=x.dtype) if need else None
-        for x, need in ((u, needs[0]), (delta, needs[1]))
+        x.new_empty(x.shape) if need else None for x, need in ((u, needs[0]), (delta, needs[1]))
     )
     grads = _Grads.zeros(scan, du, ddelta, [*needs[2:6], needs[7], False])
-    gate, total, memory = z.to(dtype), None, _Memory()
+    gate, total, memory = z.to(dtype), None, _Memory(scan.A)
     dy_tokens = F.silu(gate).mul_(dout).div_(len(orders))
     if needs[6]:
-        total = torch.zeros(z.shape, dtype=dtype)
+        total = scan.A.new_zeros(z.shape)
     for part in scan.parts():
         backward = _Backward(part.of_scan(scan), part.of_grads(grads), None, memory)
         for block in backward.blocks(need_output=total is not None):
@@ -202,7 +206,7 @@ def conv_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, orders: Tensor, silu: bool
 ) -> Tensor:
     """The output."""
-    out = torch.empty(len(orders), *x.shape, dtype=x.dtype)
+    out = x.new_empty(len(orders), *x.shape)
     for k, begin, end, mixed, _ in _conv_chunks(x, weight, bias, orders):
         out[k, :, begin:end] = F.silu(mixed, inplace=True) if silu else mixed
     return out
@@ -220,11 +224,11 @@ def conv_backward(
     """The three gradients."""
     dtype = _precision(x, weight)
     width = weight.shape[-1]
-    dx = torch.zeros(x.shape, dtype=dtype) if needs[0] else None
-    dweight = torch.zeros(weight.shape, dtype=dtype) if needs[1] else None
+    dx = torch.zeros_like(x, dtype=dtype) if needs[0] else None
+    dweight = torch.zeros_like(weight, dtype=dtype) if needs[1] else None
     dbias = None
     if bias is not None and needs[2]:
-        dbias = torch.zeros(bias.shape, dtype=dtype)
+        dbias = torch.zeros_like(bias, dtype=dtype)
     for k, begin, end, mixed, rows in _conv_chunks(x, weight, bias, orders):
         dmixed = dout[k, :, begin:end].to(dtype)
         if silu:
@@ -364,26 +368,39 @@ class _Grads:
         """Room for the sums that are needed, of A, B, C, D, bias, initial."""
         likes = (scan.A, scan.B, scan.C, scan.D, scan.bias, scan.initial)
         sums = [
-            torch.zeros(x.shape, dtype=scan.A.dtype) if need and x is not None else None
+            scan.A.new_zeros(x.shape) if need and x is not None else None
             for x, need in zip(likes, needs, strict=True)
         ]
         return cls(u, delta, *sums)
 
 
-class _Memory:
-    """Buffers by name: fresh memory costs as much as what is computed in it."""
+_thread = threading.local()
 
-    def __init__(self) -> None:
-        self.flat: dict[str, Tensor] = {}
+
+class _Memory:
+    """Buffers by name, which a thread keeps from call to call while they are small.
+
+    Fresh memory costs as much as what is computed in it.
+
+    Args:
+        like: of the dtype of all buffers.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.flat: dict[str, Tensor] = vars(_thread).setdefault(str(like.dtype), {})
         self.shaped: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
-    def room(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    def room(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A contiguous buffer, the same for the same name; what it held is lost."""
         buffer = self.shaped.get((name, shape))
         if buffer is None:
             flat, size = self.flat.get(name), math.prod(shape)
             if flat is None or len(flat) < size:
-                flat = self.flat[name] = like.new_empty(size)
+                with torch.inference_mode(False):  # it may serve outside of that mode later
+                    flat = torch.empty(size, dtype=self.like.dtype, device=self.like.device)
+                if size <= KEPT:
+                    self.flat[name] = flat
             buffer = self.shaped[name, shape] = flat[:size].view(shape)
         return buffer
 
@@ -442,15 +459,15 @@ class _Block:
 
     def room(self, name: str) -> Tensor:
         """A buffer (chunks, G, B, S, D)."""
-        return self.memory.room(name, self.small, self.scan.A)
+        return self.memory.room(name, self.small)
 
     def large_room(self, name: str) -> Tensor:
         """A buffer (G, B, S, N, D), for the states of a chunk."""
-        return self.memory.room(name, self.large, self.scan.A)
+        return self.memory.room(name, self.large)
 
     def rows_room(self, name: str) -> Tensor:
         """A buffer (chunks, G, B, S, N)."""
-        return self.memory.room(name, self.rows, self.scan.A)
+        return self.memory.room(name, self.rows)
 
     def cut(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The block's steps of x (G, B, L, ...) in chunks, a view unless something changes."""
@@ -621,7 +638,10 @@ class _Backward:
         if self.need_step:
             dstep = powers.addcmul_(moved, block.u)
             if scan.softplus:
-                dstep = torch.ops.aten.softplus_backward(dstep, block.before, 1, 20)
+                spare = block.room("spare")
+                dstep = torch.ops.aten.softplus_backward.grad_input(
+                    dstep, block.before, 1, 20, grad_input=spare
+                )
             block.mask(dstep)
             if grads.bias is not None:
                 grads.bias += self._sum(dstep)

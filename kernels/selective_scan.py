@@ -529,6 +529,66 @@ def _write_lane_sums(
 
 
 # fmt: off
+@jit
+def _back_two(
+    carry, dA, dB, dC, y, s, r, h, step, x, dy, reset, A, fixed_B, fixed_C,
+    packed_at, parts_at, parts_step, lane, left,
+    k: tl.constexpr, NP: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
+    FLAGS: tl.constexpr, B_FIXED: tl.constexpr, C_FIXED: tl.constexpr, GATHER: tl.constexpr,
+    NEED_A: tl.constexpr, NEED_B: tl.constexpr, NEED_C: tl.constexpr, NEED_Z: tl.constexpr,
+):
+    # fmt: on
+    """Back through steps k and k + 1 of a block, from the state h before them."""
+    B0 = _row(fixed_B, packed_at, k, 0, B_FIXED, NP, LANES)
+    a0, h1 = _forward_step(h, step, x, A, reset, B0, k, STEPS, FLAGS)
+    B1 = _row(fixed_B, packed_at, k + 1, 0, B_FIXED, NP, LANES)
+    a1, h2 = _forward_step(h1, step, x, A, reset, B1, k + 1, STEPS, FLAGS)
+    if NEED_Z:
+        y0 = tl.sum(h1 * _row(fixed_C, packed_at, k, 1, C_FIXED, NP, LANES), 0)
+        y1 = tl.sum(h2 * _row(fixed_C, packed_at, k + 1, 1, C_FIXED, NP, LANES), 0)
+        y = _put(y, _take(y, k, STEPS) + y0, k, STEPS)
+        y = _put(y, _take(y, k + 1, STEPS) + y1, k + 1, STEPS)
+    dy0 = _take(dy, k, STEPS)[None, :]
+    dy1 = _take(dy, k + 1, STEPS)[None, :]
+    if NEED_C:
+        if C_FIXED:
+            dC += h1 * dy0
+            dC += h2 * dy1
+        else:
+            at = parts_at + (k * parts_step + NP)
+            _write_lane_sums(at, h1 * dy0, lane, k < left, NP, LANES, GATHER)
+            at += parts_step
+            _write_lane_sums(at, h2 * dy1, lane, k + 1 < left, NP, LANES, GATHER)
+    g1 = dy1 * _row(fixed_C, packed_at, k + 1, 1, C_FIXED, NP, LANES) + carry
+    s1 = tl.sum(g1 * _row(fixed_B, packed_at, k + 1, 0, B_FIXED, NP, LANES), 0)
+    carry = g1 * a1
+    q = carry * h1
+    r = _put(r, tl.sum(q * A, 0), k + 1, STEPS)
+    if NEED_A:
+        dA += q * _take(step, k + 1, STEPS)[None, :]
+    g0 = dy0 * _row(fixed_C, packed_at, k, 1, C_FIXED, NP, LANES) + carry
+    s0 = tl.sum(g0 * _row(fixed_B, packed_at, k, 0, B_FIXED, NP, LANES), 0)
+    carry = g0 * a0
+    q = carry * h
+    r = _put(r, tl.sum(q * A, 0), k, STEPS)
+    if NEED_A:
+        dA += q * _take(step, k, STEPS)[None, :]
+    s = _put(_put(s, s0, k, STEPS), s1, k + 1, STEPS)
+    if NEED_B:
+        x0 = _take(x, k, STEPS)[None, :]
+        x1 = _take(x, k + 1, STEPS)[None, :]
+        if B_FIXED:
+            dB += g0 * x0
+            dB += g1 * x1
+        else:
+            at = parts_at + k * parts_step
+            _write_lane_sums(at, g0 * x0, lane, k < left, NP, LANES, GATHER)
+            at += parts_step
+            _write_lane_sums(at, g1 * x1, lane, k + 1 < left, NP, LANES, GATHER)
+    return carry, dA, dB, dC, y, s, r
+
+
+# fmt: off
 @jit(do_not_specialize=_OPAQUE)
 def _backward_kernel(
     dout_ptr,
@@ -647,37 +707,15 @@ def _backward_kernel(
     dC = A * 0.0
     dD = tl.zeros([LANES], tl.float32)
     dbias = tl.zeros([LANES], tl.float32)
-    k = tl.arange(0, 2)[:, None].to(tl.int64)
-    pairs = tl.cdiv(steps, 2)
-    for i in range(pairs):
+    k = tl.arange(0, STEPS)[:, None].to(tl.int64)
+    many = tl.cdiv(steps, STEPS)
+    for i in range(many):
         # The compiler must not see how t moves: it would keep pointers to all tensors in registers.
-        t = ((pairs - 1 - i) * 2) ^ (unit - 1)
-        full = t + 1 < steps
-        ok = (k == 0) | full
+        t = ((many - 1 - i) * STEPS) ^ (unit - 1)
+        left = steps - t
+        ok = (k == 0) | (k < left)
         inside = ok & valid[None, :]
         t64 = t.to(tl.int64)
-        kept_at = kept_row + t64 // STEPS * groups * blocks * (NP * LANES) + place
-        h = _states(kept_at, NP, LANES)
-        for j in range(t % STEPS // 2):
-            before = t64 // STEPS * STEPS + j * 2
-            u = _steps(u_row + before * stride_ul + offset_u, k, stride_ul, None)
-            step = _steps(delta_row + before * stride_dl + offset_d, k, stride_dl, None)
-            step += bias[None, :]
-            if SOFTPLUS:
-                step = softplus(step)
-            reset = step
-            if FLAGS:
-                live, reset = _flags(flags_row + before * stride_fl, k, stride_fl, None)
-                step = tl.where(live, step, 0.0)
-                u = tl.where(live, u, 0.0)
-                reset = tl.broadcast_to(reset, step.shape)
-            packed_at = packed_row
-            if packed_ptr is not None:
-                packed_at = packed_row + before * (2 * NP) + n
-            for m in tl.static_range(2):
-                B = _row(fixed_B, packed_at, m, 0, B_FIXED, NP, LANES)
-                _, h = _forward_step(h, step, step * u, A, reset, B, m, 2, FLAGS)
-
         u = _steps(u_row + t64 * stride_ul + offset_u, k, stride_ul, ok)
         step = _steps(delta_row + t64 * stride_dl + offset_d, k, stride_dl, ok) + bias[None, :]
         dout = _steps(dout_row + t64 * stride_gl + offset_g, k, stride_gl, inside)
@@ -698,62 +736,42 @@ def _backward_kernel(
         dy = dout
         if z_ptr is not None:
             z = _steps(z_row + t64 * stride_zl + offset_z, k, stride_zl, ok)
-            gate, gate_slope = silu_slope(z, NVIDIA)
+            gate, dz = silu_slope(z, NVIDIA)
             dy = dout * gate
+            dz *= dout
         x = step * u
-        at = out_row + t64 * stride_ol + offset_o
+        y = skip[None, :] * u
+        s = y
+        r = y
         packed_at = packed_row
         if packed_ptr is not None:
             packed_at = packed_row + t64 * (2 * NP) + n
         parts_at = parts_row
         if parts_ptr is not None:
             parts_at = parts_row + t64 * parts_step
-
-        B0 = _row(fixed_B, packed_at, 0, 0, B_FIXED, NP, LANES)
-        a0, h1 = _forward_step(h, step, x, A, reset, B0, 0, 2, FLAGS)
-        B1 = _row(fixed_B, packed_at, 1, 0, B_FIXED, NP, LANES)
-        a1, h2 = _forward_step(h1, step, x, A, reset, B1, 1, 2, FLAGS)
+        kept_at = kept_row + t64 // STEPS * groups * blocks * (NP * LANES) + place
+        h = _states(kept_at, NP, LANES)
+        again = (step.to(tl.int32, bitcast=True) ^ (unit - 1)).to(tl.float32, bitcast=True)
+        for m in tl.static_range(2):
+            B = _row(fixed_B, packed_at, m, 0, B_FIXED, NP, LANES)
+            _, h = _forward_step(h, again, x, A, reset, B, m, STEPS, FLAGS)
+        for m in tl.static_range(2, -1, -2):
+            if m == 0:
+                h = _states(kept_at, NP, LANES)
+            carry, dA, dB, dC, y, s, r = _back_two(
+                carry, dA, dB, dC, y, s, r, h, step, x, dy, reset, A, fixed_B, fixed_C,
+                packed_at, parts_at, parts_step, lane, left,
+                m, NP, LANES, STEPS, FLAGS, B_FIXED, C_FIXED, GATHER,
+                dA_ptr is not None, NEED_B, NEED_C, dz_ptr is not None,
+            )  # fmt: skip
+        at = out_row + t64 * stride_ol + offset_o
         if dz_ptr is not None:
-            y0 = tl.sum(h1 * _row(fixed_C, packed_at, 0, 1, C_FIXED, NP, LANES), 0)
-            y1 = tl.sum(h2 * _row(fixed_C, packed_at, 1, 1, C_FIXED, NP, LANES), 0)
-            y = skip[None, :] * u + _put(_put(u, y0, 0, 2), y1, 1, 2)
-            _write_steps(dz_ptr + at, dout * gate_slope * y, k, stride_ol, inside)
-        if NEED_C:
-            p0 = h1 * _take(dy, 0, 2)[None, :]
-            p1 = h2 * _take(dy, 1, 2)[None, :]
-            if C_FIXED:
-                dC += p0 + p1
-            else:
-                _write_lane_sums(parts_at + NP, p0, lane, True, NP, LANES, GATHER)
-                _write_lane_sums(parts_at + NP + parts_step, p1, lane, full, NP, LANES, GATHER)
-
-        C1 = _row(fixed_C, packed_at, 1, 1, C_FIXED, NP, LANES)
-        g1 = _take(dy, 1, 2)[None, :] * C1 + carry
-        s1 = tl.sum(g1 * _row(fixed_B, packed_at, 1, 0, B_FIXED, NP, LANES), 0)
-        carry = g1 * a1
-        q1 = carry * h1
-        C0 = _row(fixed_C, packed_at, 0, 1, C_FIXED, NP, LANES)
-        g0 = _take(dy, 0, 2)[None, :] * C0 + carry
-        s0 = tl.sum(g0 * _row(fixed_B, packed_at, 0, 0, B_FIXED, NP, LANES), 0)
-        carry = g0 * a0
-        q0 = carry * h
-        if NEED_B:
-            p0 = g0 * _take(x, 0, 2)[None, :]
-            p1 = g1 * _take(x, 1, 2)[None, :]
-            if B_FIXED:
-                dB += p0 + p1
-            else:
-                _write_lane_sums(parts_at, p0, lane, True, NP, LANES, GATHER)
-                _write_lane_sums(parts_at + parts_step, p1, lane, full, NP, LANES, GATHER)
-        if dA_ptr is not None:
-            dA += q0 * _take(step, 0, 2)[None, :] + q1 * _take(step, 1, 2)[None, :]
+            _write_steps(dz_ptr + at, dz * y, k, stride_ol, inside)
         if dD_ptr is not None:
             dD += tl.sum(dy * u, 0)
-        s = _put(_put(u, s0, 0, 2), s1, 1, 2)
         if du_ptr is not None:
             _write_steps(du_ptr + at, step * s + skip[None, :] * dy, k, stride_ol, inside)
         if ddelta_ptr is not None or dbias_ptr is not None:
-            r = _put(_put(u, tl.sum(q0 * A, 0), 0, 2), tl.sum(q1 * A, 0), 1, 2)
             ddelta = (u * s + r * 0.6931471805599453) * slope
             dbias += tl.sum(ddelta, 0)
             if ddelta_ptr is not None:

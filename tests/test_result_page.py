@@ -31,6 +31,7 @@ from torch import Tensor
 
 from emrrg.data.dataset import PhantomStudies, RecordStudies
 from emrrg.data.records import Record
+from emrrg.errors import InputError
 from emrrg.evaluation import Evaluation
 from emrrg.heatmap import SentenceMap
 from emrrg.metrics import score_reports
@@ -420,7 +421,7 @@ def test_who_may_see_it_is_said(page: Written, tmp_path: Path) -> None:
     assert not page.synthetic and "Patient data." in page.path.read_text(encoding="utf-8")
     result, studies = evaluated(tmp_path, synthetic=True)
     drawn = tmp_path / "drawn.html"
-    assert write_result_page(drawn, result, studies, title="drawn", count=3)
+    assert write_result_page(drawn, result, studies, title="half a \ud800", count=3)
     text = drawn.read_text(encoding="utf-8")
     assert "Patient data" not in text and "there is no patient in it" in text
     assert text.count("<article") == 3 and text.count('class="tag">synthetic') == 3
@@ -429,6 +430,19 @@ def test_who_may_see_it_is_said(page: Written, tmp_path: Path) -> None:
     assert not is_synthetic(studies)  # one is enough
     phantoms = PhantomStudies("test", 2, domain="target", size=32, seed=0)
     assert is_synthetic(phantoms)
+
+
+def test_a_report_too_long_for_a_map_has_none(tmp_path: Path) -> None:
+    def refuse(images: Tensor, report: str) -> list[SentenceMap]:
+        if report == HYPOTHESES[1]:
+            raise InputError("longer than the decoder's positions")
+        return looked(images, report)
+
+    result, studies = evaluated(tmp_path)
+    path = tmp_path / "page.html"
+    write_result_page(path, result, studies, title="page", count=7, maps=refuse)
+    articles = path.read_text(encoding="utf-8").split("<article")[1:]
+    assert ["data-map=" in text for text in articles] == [i != 1 for i in range(7)]
 
 
 def visible(browser: Browser) -> list[int]:
