@@ -101,12 +101,22 @@ class Stretch:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A view; the page keeps its place before it is drawn, hence the size."""
+
+    source: str
+    """A JPEG as a data URI."""
+    width: int
+    height: int
+    """Pixels."""
+
+
+@dataclass(frozen=True)
 class Case:
     """One study, ready for the template."""
 
     id: str
-    pictures: list[str]
-    """JPEG files as data URIs."""
+    pictures: list[Picture]
     left_out: int
     """Further views of the study."""
     reference: list[Stretch]
@@ -496,9 +506,9 @@ def _group_of_each(
     return members
 
 
-def _pictures(studies: Studies, place: int) -> tuple[list[str], int]:
-    """The views of a study as data URIs, in the files' own proportions where there are files, and
-    how many are left out."""
+def _pictures(studies: Studies, place: int) -> tuple[list[Picture], int]:
+    """The views of a study, in the files' own proportions where there are files, and how many are
+    left out."""
     if isinstance(studies, RecordStudies):
         paths = studies.records[place].images
         views = [open_image(path) for path in paths[:VIEWS]]
@@ -508,12 +518,12 @@ def _pictures(studies: Studies, place: int) -> tuple[list[str], int]:
     return [_jpeg(view) for view in views], len(images) - len(views)
 
 
-def _jpeg(picture: Image.Image) -> str:
+def _jpeg(picture: Image.Image) -> Picture:
     small = picture.copy()
     small.thumbnail((PIXELS, PIXELS), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=82)
-    return _uri("image/jpeg", buffer.getvalue())
+    return Picture(_uri("image/jpeg", buffer.getvalue()), *small.size)
 
 
 def _overlays(looks: Sequence[SentenceMap]) -> tuple[list[str], float | None]:

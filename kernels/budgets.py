@@ -428,15 +428,15 @@ class Case:
         kernel: the kernel function's name.
         what: of the call, for people.
         call: runs the launcher on tensors of device "meta".
-        hot: for each hot loop, in the order of the code, how many exp2 stand in it for a (b,d,l,n)
-            that it works on, and how often it works on each; empty: no figure per element.
+        hot: steps of the scan that one pass of each hot loop works on, in the order of the code;
+            each loop works once on every (b,d,l,n). Empty: no figure per element.
         which: of the launches of that kernel.
     """
 
     kernel: str
     what: str
     call: Callable[[], object]
-    hot: tuple[tuple[float, float], ...] = ()
+    hot: tuple[int, ...] = ()
     which: int = 0
 
 
@@ -556,38 +556,34 @@ def _conv_backward(needs: list[bool]) -> None:
 LONG = (1, 65536, 2048)  # few channels, many steps: cut into chunks
 EVERY = "u delta A B C D z delta_bias"
 FROZEN = "u delta B C z"  # what a mixer with adapters alone needs
-SOFTPLUS, GATE = 1 / STATE, 1 / STATE  # exponentials for each (b,d,l)
-
-_SCAN_BACK = ((1 + SOFTPLUS + GATE, 1.0), (1 + SOFTPLUS, 0.5))
-_CROSS_BACK = ((1 + SOFTPLUS + GATE, 1.0), (1 + SOFTPLUS + GATE, 1.0))
 
 CASES = (
     Case(
         "_forward_kernel",
         "gate, softplus, skip",
         lambda: _scan_forward(False),
-        ((1 + SOFTPLUS + GATE, 1.0),),
+        (4,),
     ),
     Case(
         "_forward_kernel",
         "the same, for training",
         lambda: _scan_forward(True),
-        ((1 + SOFTPLUS + GATE, 1.0),),
+        (4,),
     ),
     Case(
         "_forward_kernel",
         "packed or padded sequences",
         lambda: _scan_forward(False, flags=True),
-        ((1 + SOFTPLUS + GATE, 1.0),),
+        (4,),
     ),
     Case(
         "_forward_kernel",
         "a long sequence's chunks, first pass",
         _long_forward,
-        ((1 + SOFTPLUS, 1.0),),
+        (4,),
     ),
-    Case("_backward_kernel", "base frozen", lambda: _scan_backward(FROZEN), _SCAN_BACK),
-    Case("_backward_kernel", "every gradient", lambda: _scan_backward(EVERY), _SCAN_BACK),
+    Case("_backward_kernel", "base frozen", lambda: _scan_backward(FROZEN), (4,)),
+    Case("_backward_kernel", "every gradient", lambda: _scan_backward(EVERY), (4,)),
     Case("_pack_kernel", "B and C", lambda: _scan_forward(False)),
     Case("_add_parts_kernel", "dB and dC", lambda: _scan_backward(FROZEN)),
     Case("_join_kernel", "a long sequence's chunks", _long_forward),
@@ -595,11 +591,11 @@ CASES = (
         "_backward_border_kernel",
         "a long sequence's chunks, first pass",
         lambda: _scan_backward(FROZEN, LONG),
-        ((1 + SOFTPLUS + GATE, 1.0),),
+        (4,),
     ),
-    Case("_cross_scan_fwd_kernel", "forward", _cross_forward, ((1 + SOFTPLUS, 1.0),)),
-    Case("_cross_scan_bwd_kernel", "base frozen", lambda: _cross_backward(FROZEN), _CROSS_BACK),
-    Case("_cross_scan_bwd_kernel", "every gradient", lambda: _cross_backward(EVERY), _CROSS_BACK),
+    Case("_cross_scan_fwd_kernel", "forward", _cross_forward, (4,)),
+    Case("_cross_scan_bwd_kernel", "base frozen", lambda: _cross_backward(FROZEN), (1, 1)),
+    Case("_cross_scan_bwd_kernel", "every gradient", lambda: _cross_backward(EVERY), (1, 1)),
     Case("_causal_conv1d_fwd_kernel", "forward", _conv_forward),
     Case("_causal_conv1d_bwd_kernel", "base frozen", lambda: _conv_backward([True, False, False])),
     Case("_causal_conv1d_bwd_kernel", "every gradient", lambda: _conv_backward([True, True, True])),
@@ -620,11 +616,16 @@ def row(case: Case, target: str) -> dict[str, Any]:
     most = sorted(f.loops, key=_exponentials, reverse=True)[: len(case.hot)]
     hot = [loop for loop in f.loops if loop in most]
     per_element: dict[str, float] = {}
-    for loop, (each, times) in zip(hot, case.hot, strict=True):
+    for loop, steps in zip(hot, case.hot, strict=True):
+        elements = steps * _states_of_a_thread(launch)
+        if not elements <= _exponentials(loop) <= 3 * elements:
+            raise ValueError(
+                f"{case.kernel}, {case.what}, {target}: {_exponentials(loop)} exp2 in a pass over "
+                f"{elements} elements; does the pass still hold {steps} steps?"
+            )
         for opcode, count in loop.own.items():
-            share = count * times * each / _exponentials(loop)
             for name in ("all", opcode.split(".")[0]):
-                per_element[name] = per_element.get(name, 0.0) + share
+                per_element[name] = per_element.get(name, 0.0) + count / elements
     return {
         "kernel": f"{launch.kernel.__module__.removeprefix('kernels.')}.{case.kernel}",
         "what": case.what,
@@ -635,6 +636,13 @@ def row(case: Case, target: str) -> dict[str, Any]:
         "instructions": f.instructions,
         "per_element": per_element,
     }
+
+
+def _states_of_a_thread(launch: Launch) -> float:
+    given = launch.constexprs
+    states = given["NP"] * given["LANES"] if "NP" in given else given["BLOCK_N"] * given["BLOCK_D"]
+    warp = gpu_target(launch.target).warp_size
+    return states / (warp * launch.options["num_warps"])
 
 
 def _exponentials(loop: Loop) -> int:

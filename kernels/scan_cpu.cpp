@@ -7,7 +7,8 @@
 // taken in a fixed order afterwards, so results depend neither on timing nor on the thread count.
 //
 // The backward writes the decays and states of up to `steps_kept` steps into scratch memory of the
-// second cache and reads them backwards; longer sequences keep only the states where such chunks begin.
+// second cache and reads them backwards; longer sequences keep only the states where such chunks
+// begin.
 
 #include <algorithm>
 #include <atomic>
@@ -37,7 +38,7 @@ constexpr int TILE = 64;                   // channels of a tile: whole cache li
 constexpr int TILE_STEPS = 64;             // steps of a forward tile
 constexpr int64_t KEPT_BYTES = 512 << 10;  // decays and states kept by a thread's backward
 constexpr int MOST_STATES = 256;
-constexpr uint8_t RESET = 1, SKIP = 2;     // of kernels/reference.py
+constexpr uint8_t RESET = 1, SKIP = 2;  // of kernels/reference.py
 constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.693147180559945309f;
 
 typedef float V __attribute__((vector_size(4 * W)));
@@ -100,7 +101,8 @@ inline V dsilu(V x) {
   return s + x * s * (1.0f - s);
 }
 
-// The sums of W vectors: lane i of the result is the sum of the lanes of v[i], which is overwritten.
+// The sums of W vectors: lane i of the result is the sum of the lanes of v[i], which is
+// overwritten.
 #if defined(__clang__) || __GNUC__ >= 12
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 #define EMRRG_PAIR(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -129,11 +131,13 @@ inline V sums(V* v) {
 inline V sums(V* v) {
   for (int i = 0; i < 4; ++i) {
     V a = v[2 * i], b = v[2 * i + 1];
-    v[i] = EMRRG_PAIR(a, b, 0, 9, 2, 11, 4, 13, 6, 15) + EMRRG_PAIR(a, b, 1, 8, 3, 10, 5, 12, 7, 14);
+    v[i] =
+        EMRRG_PAIR(a, b, 0, 9, 2, 11, 4, 13, 6, 15) + EMRRG_PAIR(a, b, 1, 8, 3, 10, 5, 12, 7, 14);
   }
   for (int i = 0; i < 2; ++i) {
     V a = v[2 * i], b = v[2 * i + 1];
-    v[i] = EMRRG_PAIR(a, b, 0, 1, 10, 11, 4, 5, 14, 15) + EMRRG_PAIR(a, b, 2, 3, 8, 9, 6, 7, 12, 13);
+    v[i] =
+        EMRRG_PAIR(a, b, 0, 1, 10, 11, 4, 5, 14, 15) + EMRRG_PAIR(a, b, 2, 3, 8, 9, 6, 7, 12, 13);
   }
   V a = v[0], b = v[1];
   return EMRRG_PAIR(a, b, 0, 1, 2, 3, 12, 13, 14, 15) + EMRRG_PAIR(a, b, 4, 5, 6, 7, 8, 9, 10, 11);
@@ -284,8 +288,8 @@ struct Places {
 inline int padded(int width) { return (width + W - 1) / W * W; }
 
 template <class T>
-void load_tile(const T* data, int64_t row_stride, int64_t stride, Places places, int steps, int width,
-               float* tile) {
+void load_tile(const T* data, int64_t row_stride, int64_t stride, Places places, int steps,
+               int width, float* tile) {
   int lanes = padded(width);
   if (stride == 1) {
     for (int t = 0; t < steps; ++t) {
@@ -361,7 +365,8 @@ void store_one(float value, const Tensor& x, int64_t index) {
 }
 
 // Steps of B or C as rows of `state` numbers.
-void load_rows(const Tensor& x, int64_t k, int64_t b, int64_t first, int steps, int state, float* rows) {
+void load_rows(const Tensor& x, int64_t k, int64_t b, int64_t first, int steps, int state,
+               float* rows) {
   int64_t start = k * x.stride[0] + b * x.stride[1] + first * x.stride[2];
   for (int t = 0; t < steps; ++t, start += x.stride[2]) {
     if (x.type == FP32 && x.stride[3] == 1) {
@@ -458,7 +463,8 @@ struct Tile {
 };
 
 // x[(channel, state)] as vectors [vectors][state], scaled; 0 past the width.
-void load_matrix(const float* x, const Tile& tile, int64_t channel, int state, float scale, float* out) {
+void load_matrix(const float* x, const Tile& tile, int64_t channel, int state, float scale,
+                 float* out) {
   std::memset(out, 0, sizeof(float) * tile.vectors * state * W);
   for (int c = 0; c < tile.width; ++c)
     for (int n = 0; n < state; ++n)
@@ -468,7 +474,8 @@ void load_matrix(const float* x, const Tile& tile, int64_t channel, int state, f
 // The inverse.
 void store_matrix(const float* in, const Tile& tile, int64_t channel, int state, float* x) {
   for (int c = 0; c < tile.width; ++c)
-    for (int n = 0; n < state; ++n) x[(channel + c) * state + n] = in[(c / W * state + n) * W + c % W];
+    for (int n = 0; n < state; ++n)
+      x[(channel + c) * state + n] = in[(c / W * state + n) * W + c % W];
 }
 
 void load_vector(const float* x, const Tile& tile, int64_t channel, float* out) {
@@ -478,11 +485,11 @@ void load_vector(const float* x, const Tile& tile, int64_t channel, float* out) 
 // What the inner loops read: one vector of channels, `steps` steps.
 struct Steps {
   int steps, state;
-  const float *step, *u;    // rows of TILE
-  const float *A;           // [state] vectors, log2(e) A
-  const float *B, *C;       // rows of `state` numbers, or [state] vectors where fixed
-  const float* D;           // one vector
-  const uint8_t* flags;     // or null
+  const float *step, *u;  // rows of TILE
+  const float* A;         // [state] vectors, log2(e) A
+  const float *B, *C;     // rows of `state` numbers, or [state] vectors where fixed
+  const float* D;         // one vector
+  const uint8_t* flags;   // or null
   int64_t flags_stride;
   int flag(int t) const { return flags ? flags[t * flags_stride] : 0; }
 };
@@ -503,8 +510,8 @@ inline void each_state(int state, const Function& function) {
   }
 }
 
-// h moves through the steps; y, if it is not null, are rows of TILE. With KEEP decays and states are
-// written too: decay[t], states[t + 1], vectors [state] each, states[0] being the beginning.
+// h moves through the steps; y, if it is not null, are rows of TILE. With KEEP decays and states
+// are written too: decay[t], states[t + 1], vectors [state] each, states[0] being the beginning.
 template <int STATE, bool FIXED_B, bool FIXED_C, bool KEEP>
 void forward_steps(const Steps& s, float* memory, float* y, float* decay, float* states) {
   const int state = STATE ? STATE : s.state;
@@ -545,9 +552,9 @@ void forward_steps(const Steps& s, float* memory, float* y, float* decay, float*
 
 // What the backward's inner loop writes besides; null where not needed.
 struct Sums {
-  float *dA;        // [state] vectors
-  float *dB, *dC;   // rows of `padded` numbers, or [state] vectors where fixed
-  float *dD;        // one vector
+  float* dA;          // [state] vectors
+  float *dB, *dC;     // rows of `padded` numbers, or [state] vectors where fixed
+  float* dD;          // one vector
   float *du, *dstep;  // rows of TILE
 };
 
@@ -571,8 +578,8 @@ inline void add_products(int state, V factor, const float* others, float* vector
 }
 
 template <int STATE, bool FIXED_B, bool FIXED_C>
-void backward_steps(const Steps& s, const float* dy, const float* decay, const float* states, float* carry,
-                    const Sums& to, bool need_gradient) {
+void backward_steps(const Steps& s, const float* dy, const float* decay, const float* states,
+                    float* carry, const Sums& to, bool need_gradient) {
   const int state = STATE ? STATE : s.state;
   const int64_t size = int64_t(state) * W;
   const V D = load(s.D);
@@ -600,10 +607,12 @@ void backward_steps(const Steps& s, const float* dy, const float* decay, const f
     });
     const V shared = through[0] + through[1];
     if (to.dB && FIXED_B) add_products<STATE>(state, step * u, g, to.dB);
-    if (to.dB && !FIXED_B) add_lane_sums<STATE>(state, step * u, g, to.dB + int64_t(t) * padded(state));
+    if (to.dB && !FIXED_B)
+      add_lane_sums<STATE>(state, step * u, g, to.dB + int64_t(t) * padded(state));
     if (to.du) store(to.du + t * TILE, step * shared + y * D);
     if (!to.dstep && !to.dA) {
-      each_state<STATE>(state, [&](int n) { store(carry + n * W, load(g + n * W) * load(a + n * W)); });
+      each_state<STATE>(state,
+                        [&](int n) { store(carry + n * W, load(g + n * W) * load(a + n * W)); });
       continue;
     }
     V powers[2] = {V{}, V{}};  // <log2(e) A, q>
@@ -619,7 +628,8 @@ void backward_steps(const Steps& s, const float* dy, const float* decay, const f
 }
 
 typedef void (*Forward)(const Steps&, float*, float*, float*, float*);
-typedef void (*Backward)(const Steps&, const float*, const float*, const float*, float*, const Sums&, bool);
+typedef void (*Backward)(const Steps&, const float*, const float*, const float*, float*,
+                         const Sums&, bool);
 
 template <bool KEEP>
 Forward choose_forward(const Scan& p) {
@@ -639,7 +649,8 @@ Backward choose_backward(const Scan& p) {
 }
 
 // delta of a tile becomes delta + bias; step its softplus.
-void prepare(const Scan& p, const Tile& tile, const float* bias, int steps, float* delta, float* step) {
+void prepare(const Scan& p, const Tile& tile, const float* bias, int steps, float* delta,
+             float* step) {
   for (int t = 0; t < steps; ++t)
     for (int v = 0; v < tile.vectors; ++v) {
       float* at = delta + t * TILE + v * W;
@@ -672,8 +683,8 @@ struct Parameters {
     const int64_t at = int64_t(v) * p.state * W;
     const uint8_t* flags = p.flags;
     if (flags) flags += tile.b * p.flags_stride[0] + first * p.flags_stride[1];
-    return {count,          int(p.state),   step + v * W, u + v * W, A + at, B ? B + at : b,
-            C ? C + at : c, D + v * W,      flags,        p.flags_stride[1]};
+    return {count,          int(p.state),   step + v * W, u + v * W, A + at,
+            B ? B + at : b, C ? C + at : c, D + v * W,    flags,     p.flags_stride[1]};
   }
 };
 
@@ -700,8 +711,8 @@ void zero_skipped(const Scan& p, const Tile& tile, int64_t first, int steps, flo
 }
 
 // out = scale * y silu(z), a few steps at a time.
-void gate_and_store(const Scan& p, const Tile& tile, int64_t first, int64_t steps, float scale, float* y,
-                    float* z) {
+void gate_and_store(const Scan& p, const Tile& tile, int64_t first, int64_t steps, float scale,
+                    float* y, float* z) {
   for (int64_t t0 = 0; t0 < steps; t0 += TILE_STEPS) {
     int count = int(std::min<int64_t>(TILE_STEPS, steps - t0));
     float* rows = y + t0 * TILE;
@@ -741,8 +752,8 @@ void forward_tile(const Scan& p, Tile tile, Scratch& memory) {
       if (!p.fixed_B) load_rows(p.B, tile.row, tile.b, t0, count, state, b);
       if (!p.fixed_C) load_rows(p.C, tile.row, tile.b, t0, count, state, c);
       for (int v = 0; v < tile.vectors; ++v)
-        forward(parameters.steps(p, tile, v, t0, count, step, u, b, c), h + v * state * W, part + v * W,
-                nullptr, nullptr);
+        forward(parameters.steps(p, tile, v, t0, count, step, u, b, c), h + v * state * W,
+                part + v * W, nullptr, nullptr);
       if (p.cross())
         add_rows(part, {t0, p.orders + k * p.length}, count, tile.vectors * W, y);
       else
@@ -759,7 +770,8 @@ struct Partial {
   std::vector<float> A, D, bias, fixed_B, fixed_C;  // (batch, K, dim, N) or (batch, K, dim)
 };
 
-void backward_tile(const Scan& p, Tile tile, Partial& partial, float* dB, float* dC, Scratch& memory) {
+void backward_tile(const Scan& p, Tile tile, Partial& partial, float* dB, float* dC,
+                   Scratch& memory) {
   const int state = int(p.state), rows = padded(state);
   const bool need_step = p.ddelta.data || p.dbias, need_decay = need_step || p.dA;
   const bool need_gradient = need_decay || p.du.data || p.dB.data || p.dfixed_B || p.dinitial;
@@ -779,13 +791,13 @@ void backward_tile(const Scan& p, Tile tile, Partial& partial, float* dB, float*
   float *dy = memory.take(int64_t(steps) * TILE), *y = memory.take(int64_t(steps) * TILE);
   float *b = memory.take(int64_t(steps) * state), *c = memory.take(int64_t(steps) * state);
   float *decay = memory.take(steps * size), *states = memory.take((steps + 1) * size);
-  float *starts = memory.take(std::max<int64_t>(chunks, 1) * TILE * state);
+  float* starts = memory.take(std::max<int64_t>(chunks, 1) * TILE * state);
   float *carry = memory.take(TILE * state), *h = memory.take(TILE * state);
   float *dA = memory.take(TILE * state), *dD = memory.take(TILE), *dbias = memory.take(TILE);
   float *dfixed_B = memory.take(TILE * state), *dfixed_C = memory.take(TILE * state);
   // By token for a cross scan: all orders share them.
   float *total = memory.take(tokens * TILE), *gate = memory.take(tokens * TILE);
-  float *dout = memory.take(tokens * TILE);
+  float* dout = memory.take(tokens * TILE);
 
   const Forward pass = choose_forward<false>(p), keep = choose_forward<true>(p);
   const Backward backward = choose_backward(p);
@@ -794,7 +806,8 @@ void backward_tile(const Scan& p, Tile tile, Partial& partial, float* dB, float*
   // dout and z of some tokens; dout becomes that of the sum before the gate.
   auto load_gate = [&](int64_t first, int64_t count, float* to) {
     load_tile(p.dout, 0, tile.b, tile.channel, {first, nullptr}, int(count), tile.width, dout);
-    if (p.z.data) load_tile(p.z, 0, tile.b, tile.channel, {first, nullptr}, int(count), tile.width, gate);
+    if (p.z.data)
+      load_tile(p.z, 0, tile.b, tile.channel, {first, nullptr}, int(count), tile.width, gate);
     for (int64_t t = 0; t < count; ++t)
       for (int v = 0; v < tile.vectors; ++v) {
         const int64_t at = t * TILE + v * W;
@@ -841,12 +854,13 @@ void backward_tile(const Scan& p, Tile tile, Partial& partial, float* dB, float*
       if (!p.fixed_C) load_rows(p.C, tile.row, tile.b, t0, count, state, c);
     };
     start_states(p, tile, starts);
-    for (int64_t i = 0; need_states && i + 1 < chunks; ++i) {  // the states at the beginning of each chunk
+    for (int64_t i = 0; need_states && i + 1 < chunks;
+         ++i) {  // the states at the beginning of each chunk
       load_inputs(i * steps, steps);
       std::memcpy(h, starts + i * TILE * state, sizeof(float) * TILE * state);
       for (int v = 0; v < tile.vectors; ++v)
-        pass(parameters.steps(p, tile, v, i * steps, steps, step, u, b, c), h + v * size, nullptr, nullptr,
-             nullptr);
+        pass(parameters.steps(p, tile, v, i * steps, steps, step, u, b, c), h + v * size, nullptr,
+             nullptr, nullptr);
       std::memcpy(starts + (i + 1) * TILE * state, h, sizeof(float) * TILE * state);
     }
     for (int64_t i = chunks - 1; i >= 0; --i) {
@@ -865,8 +879,12 @@ void backward_tile(const Scan& p, Tile tile, Partial& partial, float* dB, float*
         keep(inputs, h, need_output ? y + v * W : nullptr, decay, states);
         if (!need_inner) continue;
         Sums sums{p.dA ? dA + v * size : nullptr,
-                  p.dfixed_B ? dfixed_B + v * size : p.dB.data ? dB + (k * p.batch * p.length + t0) * rows : nullptr,
-                  p.dfixed_C ? dfixed_C + v * size : p.dC.data ? dC + (k * p.batch * p.length + t0) * rows : nullptr,
+                  p.dfixed_B  ? dfixed_B + v * size
+                  : p.dB.data ? dB + (k * p.batch * p.length + t0) * rows
+                              : nullptr,
+                  p.dfixed_C  ? dfixed_C + v * size
+                  : p.dC.data ? dC + (k * p.batch * p.length + t0) * rows
+                              : nullptr,
                   p.dD ? dD + v * W : nullptr,
                   p.du.data ? u + v * W : nullptr,
                   need_step ? dstep + v * W : nullptr};
@@ -917,7 +935,8 @@ void add_samples(const std::vector<float>& partial, int64_t batch, float* out) {
 // dB or dC: the sum over slabs, in their order.
 void add_slabs(const Scan& p, const std::vector<float>& partial, int64_t slabs, const Tensor& out) {
   if (!out.data) return;
-  const int64_t state = p.state, width = padded(int(state)), all = p.cross() ? p.orders_count : p.groups;
+  const int64_t state = p.state, width = padded(int(state)),
+                all = p.cross() ? p.orders_count : p.groups;
   run(all * p.batch, p.threads, [&](int64_t task) {
     const int64_t k = task / p.batch, b = task % p.batch;
     for (int64_t t = 0; t < p.length; ++t)
@@ -925,7 +944,8 @@ void add_slabs(const Scan& p, const std::vector<float>& partial, int64_t slabs, 
         float sum = 0;
         for (int64_t slab = 0; slab < slabs; ++slab)
           sum += partial[(((slab * all + k) * p.batch + b) * p.length + t) * width + n];
-        store_one(sum, out, k * out.stride[0] + b * out.stride[1] + t * out.stride[2] + n * out.stride[3]);
+        store_one(sum, out,
+                  k * out.stride[0] + b * out.stride[1] + t * out.stride[2] + n * out.stride[3]);
       }
   });
 }
@@ -960,10 +980,12 @@ struct Taps {
 };
 
 // The convolution before its activation at step t.
-inline V convolve(const Conv& p, const Taps& taps, const float* x, const int64_t* order, int64_t t, int v) {
+inline V convolve(const Conv& p, const Taps& taps, const float* x, const int64_t* order, int64_t t,
+                  int v) {
   V sum = load(taps.bias + v * W);
   for (int64_t w = std::max<int64_t>(0, p.width - 1 - t); w < p.width; ++w)
-    sum += load(taps.weight + (v * p.width + w) * W) * load(x + order[t - p.width + 1 + w] * TILE + v * W);
+    sum += load(taps.weight + (v * p.width + w) * W) *
+           load(x + order[t - p.width + 1 + w] * TILE + v * W);
   return sum;
 }
 
@@ -987,10 +1009,11 @@ void conv_forward_tile(const Conv& p, int64_t b, int64_t channel, int width, Scr
   }
 }
 
-void conv_backward_tile(const Conv& p, int64_t b, int64_t channel, int width, std::vector<float>& dweight,
-                        std::vector<float>& dbias, Scratch& memory) {
+void conv_backward_tile(const Conv& p, int64_t b, int64_t channel, int width,
+                        std::vector<float>& dweight, std::vector<float>& dbias, Scratch& memory) {
   float *x = memory.take(p.length * TILE), *dx = memory.take(p.length * TILE);
-  float *dy = memory.take(TILE_STEPS * TILE), *dw = memory.take(p.width * TILE), *db = memory.take(TILE);
+  float *dy = memory.take(TILE_STEPS * TILE), *dw = memory.take(p.width * TILE),
+        *db = memory.take(TILE);
   const int vectors = padded(width) / W;
   load_tile(p.x, 0, b, channel, {0, nullptr}, int(p.length), width, x);
   std::memset(dx, 0, sizeof(float) * p.length * TILE);
@@ -1010,7 +1033,8 @@ void conv_backward_tile(const Conv& p, int64_t b, int64_t channel, int width, st
           if (p.silu) d *= dsilu(convolve(p, taps, x, order, t, v));
           store(db + v * W, load(db + v * W) + d);
           for (int64_t w = std::max<int64_t>(0, p.width - 1 - t); w < p.width; ++w) {
-            const int64_t row = order[t - p.width + 1 + w] * TILE + v * W, tap = (v * p.width + w) * W;
+            const int64_t row = order[t - p.width + 1 + w] * TILE + v * W,
+                          tap = (v * p.width + w) * W;
             if (p.dweight) store(dw + tap, load(dw + tap) + d * load(x + row));
             if (p.dx.data) store(dx + row, load(dx + row) + d * load(taps.weight + tap));
           }
@@ -1028,7 +1052,8 @@ void conv_backward_tile(const Conv& p, int64_t b, int64_t channel, int width, st
 }
 
 bool within(const int64_t* orders, int64_t count, int64_t length) {
-  return std::all_of(orders, orders + count * length, [=](int64_t t) { return t >= 0 && t < length; });
+  return std::all_of(orders, orders + count * length,
+                     [=](int64_t t) { return t >= 0 && t < length; });
 }
 
 template <class Function>
@@ -1051,7 +1076,8 @@ int emrrg_scan_forward(const Scan* scan) {
   const int64_t tiles = (p.group_dim() + TILE - 1) / TILE;
   return guarded([&] {
     return run(p.batch * p.groups * tiles, p.threads, [&](int64_t task) {
-      const int64_t b = task / (p.groups * tiles), g = task / tiles % p.groups, first = task % tiles * TILE;
+      const int64_t b = task / (p.groups * tiles), g = task / tiles % p.groups,
+                    first = task % tiles * TILE;
       const int width = int(std::min<int64_t>(TILE, p.group_dim() - first));
       forward_tile(p, {0, b, g * p.group_dim() + first, g, width, padded(width) / W}, scratch());
     });
@@ -1062,8 +1088,8 @@ int emrrg_scan_backward(const Scan* scan) {
   const Scan& p = *scan;
   if (p.cross() && !within(p.orders, p.orders_count, p.length)) return 2;
   const int64_t rows = padded(int(p.state)), all = p.cross() ? p.orders_count : p.groups;
-  // Channels of a slab add up dB and dC in place; slabs are many enough for any number of cores, and
-  // so wide that their sums need less memory than the inputs.
+  // Channels of a slab add up dB and dC in place; slabs are many enough for any number of cores,
+  // and so wide that their sums need less memory than the inputs.
   const int64_t least = std::max<int64_t>(TILE, 4 * rows / TILE * TILE);
   const int64_t wanted = std::max<int64_t>(1, 64 / std::max<int64_t>(1, p.batch * p.groups));
   const int64_t slabs_most = std::max<int64_t>(1, (p.group_dim() + least - 1) / least);
@@ -1087,8 +1113,8 @@ int emrrg_scan_backward(const Scan* scan) {
       for (int64_t first = s * slab; first < end; first += TILE) {
         const int width = int(std::min<int64_t>(TILE, end - first));
         backward_tile(p, {0, b, g * p.group_dim() + first, g, width, padded(width) / W}, partial,
-                      p.dB.data ? &partial.B[sums] : nullptr, p.dC.data ? &partial.C[sums] : nullptr,
-                      scratch());
+                      p.dB.data ? &partial.B[sums] : nullptr,
+                      p.dC.data ? &partial.C[sums] : nullptr, scratch());
       }
     });
     add_slabs(p, partial.B, slabs, p.dB);
@@ -1109,7 +1135,8 @@ int emrrg_conv_forward(const Conv* conv) {
   return guarded([&] {
     return run(p.batch * tiles, p.threads, [&](int64_t task) {
       const int64_t first = task % tiles * TILE;
-      conv_forward_tile(p, task / tiles, first, int(std::min<int64_t>(TILE, p.dim - first)), scratch());
+      conv_forward_tile(p, task / tiles, first, int(std::min<int64_t>(TILE, p.dim - first)),
+                        scratch());
     });
   });
 }
@@ -1124,8 +1151,8 @@ int emrrg_conv_backward(const Conv* conv) {
     if (p.dbias) dbias.resize(p.batch * p.orders_count * p.dim);
     const bool good = run(p.batch * tiles, p.threads, [&](int64_t task) {
       const int64_t first = task % tiles * TILE;
-      conv_backward_tile(p, task / tiles, first, int(std::min<int64_t>(TILE, p.dim - first)), dweight, dbias,
-                         scratch());
+      conv_backward_tile(p, task / tiles, first, int(std::min<int64_t>(TILE, p.dim - first)),
+                         dweight, dbias, scratch());
     });
     add_samples(dweight, p.batch, p.dweight);
     add_samples(dbias, p.batch, p.dbias);

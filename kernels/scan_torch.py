@@ -506,7 +506,7 @@ class _Block:
         decay = torch.mul(self.steps[i], self.scan.A, out=self.large_room("decay"))
         if self.underflow:
             decay.clamp_(min=math.log(self.tiny)).exp_()
-            F.threshold_(decay, 2 * self.tiny, 0.0)
+            torch.threshold_(decay, 2 * self.tiny, 0.0)
         else:
             decay.exp_()
         return decay if self.reset is None else decay.masked_fill_(self.reset[i], 0.0)

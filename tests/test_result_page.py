@@ -315,6 +315,9 @@ def test_pictures_are_whole_and_of_bounded_size(page: Written) -> None:
     for source in sources:
         with Image.open(io.BytesIO(base64.b64decode(source.split(",", 1)[1]))) as picture:
             sizes.append(picture.size)
+    told = [(int(str(a["width"])), int(str(a["height"])))
+            for tag, a in reader.elements if tag == "img" and "src" in a]  # fmt: skip
+    assert told == sizes  # the place is kept before a picture is drawn
     assert sizes[0] == (60, 40)  # its own proportions, not a square
     assert sizes[1] == (373, 480) and len(set(sizes)) == 2
 
