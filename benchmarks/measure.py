@@ -49,7 +49,8 @@ class Measure:
             record["errors"] = self._check(case, contender, work, record)
             record |= self._time(work)
             del work
-            if case.memory and record["median"] is not None:
+            weighed = case.memory and (contender.ours or self._size != "smoke")
+            if weighed and record["median"] is not None:
                 warm = case.warm or record["median"] < WARM_LIMIT
                 record["memory"] = memory.peak(case.build, arguments, warm=warm)
         except torch.OutOfMemoryError:

@@ -20,11 +20,6 @@ from benchmarks.work import Work
 
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 DIRECT = 1 << 16  # larger blocks go back to the system when they are freed
-# What every fresh process would import again; what is not installed is left out.
-PRELOAD = (
-    "torch", "benchmarks.memory", "mambapy.pscan", "transformers.models.mamba.modeling_mamba",
-    "peft.tuners.lora",
-)  # fmt: skip
 
 
 def peak(build: Callable[..., Work], arguments: Mapping[str, Any], *, warm: bool) -> dict[str, int]:
@@ -44,7 +39,7 @@ def peak(build: Callable[..., Work], arguments: Mapping[str, Any], *, warm: bool
     if not Path("/proc/self/clear_refs").exists():
         return {}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD))
+    context.set_forkserver_preload(["torch", "benchmarks.memory"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, build, dict(arguments), warm))
     process.start()

@@ -196,6 +196,7 @@ def adapted(config: TrainConfig, model: ReportGenerator) -> ModelConfig:
         peft=(*kept, *(m for m in config.peft if peft and m not in kept)),
         peft_settings=settings,
         max_report_tokens=config.max_report_tokens,
+        fit=config.fit,
         blind=config.blind,
     )
 

@@ -55,6 +55,9 @@ class TrainConfig:
     """Annotation file in R2Gen's JSON format ({"train": [{"id", "report", "image_path"}], ...})."""
     images: str | None = None
     """Folder that the annotation's image paths start from."""
+    fit: Literal["stretch", "pad"] = "stretch"
+    """How an image becomes a square: resized straight, as the released models expect, or with its
+    proportions kept, on a black ground."""
     clean: Literal["auto", "iu_xray", "mimic_cxr", "plain", "none"] = "auto"
     """How reports are prepared: R2Gen's cleaner for a data set, the same form without its
     accidents, or not at all; auto: by --dataset (mimic_cxr for CheXpert Plus, plain for custom)."""
@@ -306,6 +309,8 @@ class ModelConfig:
     """Pixels a side."""
     patch_size: int = 16
     """Pixels a side of a patch."""
+    fit: Literal["stretch", "pad"] = "stretch"
+    """How an image becomes a square, as `emrrg.data.images.load_image` has it."""
     dim: int = 128
     """Width of the vision Mamba."""
     depth: int = 4

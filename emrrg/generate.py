@@ -149,7 +149,7 @@ def write_list(model: ReportGenerator, asked: GenerateConfig) -> None:
         log.info("%s: %d of %d studies are done", output, len(records) - len(todo), len(records))
     plan = even_batches(len(todo), asked.batch_size)
     reader = batches(
-        RecordStudies(todo, model.config.image_size, cache_bytes=0),
+        RecordStudies(todo, model.config.image_size, cache_bytes=0, fit=model.config.fit),
         plan,
         workers=asked.workers,
         skip_bad=True,

@@ -227,7 +227,9 @@ class ReportGenerator(nn.Module):
     def load_views(self, paths: Sequence[str | Path]) -> Tensor:
         """Read the images of one study: (V, 3, S, S) uint8 on the CPU."""
         size = self.config.image_size
-        views = [np.ascontiguousarray(load_image(path, size)) for path in paths]
+        views = [
+            np.ascontiguousarray(load_image(path, size, fit=self.config.fit)) for path in paths
+        ]
         return torch.stack([torch.from_numpy(v).permute(2, 0, 1) for v in views])
 
     def generate(self, studies: Sequence[Sequence[str | Path]], **settings: Any) -> list[str]:

@@ -70,11 +70,11 @@ def _write(at, x, mask, WHOLE: tl.constexpr):
 def _in_tile(BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHANNELS: tl.constexpr):
     """Places in a contiguous tile (BLOCK_N, BLOCK_D).
 
-    The contiguity that is stated sets the channels of a thread. It then holds all N of them, and
-    no sum over N leaves it.
+    The alignment that is stated sets the channels of a thread. It then holds all N of them, and no
+    sum over N leaves it.
     """
     at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    return tl.max_contiguous(at, [1, CHANNELS])
+    return tl.multiple_of(at, [CHANNELS, CHANNELS])
 
 
 @jit

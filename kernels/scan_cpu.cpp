@@ -1,14 +1,14 @@
-// The scans and the convolution of scan_cpu.py, compiled: see its docstring for the equations and
-// kernels/reference.py for what each function means. Plain C interface, no library but OpenMP's.
+// The scans and the convolution of scan_cpu.py, compiled. The equations are in scan_torch.py, what
+// each function means is in reference.py. A plain C interface, no library but OpenMP's at most.
 //
 // A vector holds one step of W channels; the loop over N states is innermost, with the states in
 // registers. A task is a sample and a tile of channels: it brings the tile into the first caches as
 // fp32, whatever its strides and type, and scans it. Tasks share nothing, and sums over tasks are
 // taken in a fixed order afterwards, so results depend neither on timing nor on the thread count.
 //
-// The backward writes the decays and states of up to `steps_kept` steps into scratch memory of the
-// second cache and reads them backwards; longer sequences keep only the states where such chunks
-// begin.
+// The backward writes the decays and states of as many steps as KEPT_BYTES hold into memory of the
+// second cache and reads them backwards. Of a longer sequence it first computes the states before
+// each such piece.
 
 #include <algorithm>
 #include <atomic>

@@ -27,6 +27,7 @@ FUNCTIONS = (
     "emrrg_conv_forward",
     "emrrg_conv_backward",
 )
+MOST_STATES = 256
 FLOAT_TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _lock = threading.Lock()
 _loaded: Library | None = None
@@ -367,13 +368,22 @@ def _scan_native(
     A, D, delta_bias = _plain(A), _plain(D), _plain(delta_bias)  # type: ignore[assignment]
     initial_state, dlast = _plain(initial_state), _plain(dlast)
     batch, length, dim = u.shape
+    state = A.shape[1]
+    assert all(x is None or x.shape == u.shape for x in (delta, z, out, dout)), "(B, L, D)"
+    assert all(
+        x.shape == ((dim, state) if x.ndim == 2 else (batch, length, groups, state)) for x in (B, C)
+    )
+    assert len(A) == dim and dim % groups == 0 and state <= MOST_STATES
+    assert all(x is None or x.shape == (dim,) for x in (D, delta_bias))
+    assert all(x is None or x.shape == (batch, dim, state) for x in (initial_state, dlast))
     flag_fields = [0, 0, 0]
     if flags is not None:
+        assert flags.shape == (batch, length) and flags.dtype == torch.uint8
         sample, step = flags.stride()
         flag_fields = [flags.data_ptr(), sample, step]
         if reverse:
             flag_fields = [flags.data_ptr() + (length - 1) * step, sample, -step]
-    values = [1, batch, length, dim, A.shape[1], groups, int(softplus), torch.get_num_threads()]
+    values = [1, batch, length, dim, state, groups, int(softplus), torch.get_num_threads()]
     for x in (u, delta, None if B.ndim == 2 else B, None if C.ndim == 2 else C, z, out, dout):
         values += _by_step(x, reverse)
     for x in (du, ddelta, dz, None if B.ndim == 2 else dB, None if C.ndim == 2 else dC):
@@ -416,9 +426,14 @@ def _cross_native(
     """One call of scan_forward, or of scan_backward where there is no `out`."""
     du, ddelta, dA, dB, dC, dD, dz, dbias = grads
     A, D, delta_bias = _plain(A), _plain(D), _plain(delta_bias)  # type: ignore[assignment]
-    orders = orders.contiguous()
+    orders = orders.to(torch.int64).contiguous()
     count, batch, length, dim = u.shape
-    values = [count, batch, length, dim, A.shape[2], 1, 1, torch.get_num_threads()]
+    state = A.shape[2]
+    assert delta.shape == u.shape and orders.shape == (count, length) and state <= MOST_STATES
+    assert A.shape == (count, dim, state) and D.shape == delta_bias.shape == (count, dim)
+    assert B.shape == C.shape == (count, batch, length, state)
+    assert all(x is None or x.shape == (batch, length, dim) for x in (z, out, dout))
+    values = [count, batch, length, dim, state, 1, 1, torch.get_num_threads()]
     for x in (u, delta, B, C):
         values += _by_order(x)
     values += [*_by_step(z), *_by_step(out), *_by_step(dout)]
@@ -443,9 +458,13 @@ def _conv_native(
     """One call of conv_forward, or of conv_backward where there is no `out`."""
     dx, dweight, dbias = grads
     weight, bias = _plain(weight), _plain(bias)  # type: ignore[assignment]
-    orders = orders.contiguous()
+    orders = orders.to(torch.int64).contiguous()
     batch, length, dim = x.shape
-    values = [len(orders), batch, length, dim, weight.shape[2], int(silu), torch.get_num_threads()]
+    count = len(orders)
+    assert orders.shape == (count, length) and weight.shape[:2] == (count, dim)
+    assert bias is None or bias.shape == (count, dim)
+    assert dout is None or dout.shape == (count, batch, length, dim)
+    values = [count, batch, length, dim, weight.shape[2], int(silu), torch.get_num_threads()]
     values += [*_by_step(x), *_by_order(out), *_by_order(dout), *_by_step(dx)]
     values += [_address(t) for t in (weight, bias, dweight, dbias, orders)]
     _call("conv_backward" if out is None else "conv_forward", values)

@@ -342,8 +342,10 @@ class _Part:
             x = getattr(grads, field.name)
             if x is not None and field.name in ("u", "delta", "initial"):
                 x = self.of(x)
+            elif x is not None and field.name in ("B", "C"):
+                x = self._coefficients(x)
             elif x is not None:
-                x = self._coefficients(x) if field.name in "BC" else x[..., self.channels]
+                x = x[..., self.channels]
             part[field.name] = x
         return _Grads(**part)
 

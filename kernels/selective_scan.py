@@ -194,9 +194,9 @@ def _per_channel(ptr, d, LANES: tl.constexpr):
 
 
 @jit
-def _steps(at, k, stride_l, mask):
-    """Load steps k of a block, (rows, LANES), fp32; at: addresses of its first; no mask: all."""
-    at = at[None, :] + k * stride_l
+def _steps(row, offset, k, stride_l, mask):
+    """Load steps k of a block, (rows, LANES), fp32; offset: of the first; no mask: all."""
+    at = row + (offset[None, :] + k * stride_l)
     if mask is None:
         x = tl.load(at)
     else:
@@ -205,8 +205,9 @@ def _steps(at, k, stride_l, mask):
 
 
 @jit
-def _write_steps(at, x, k, stride_l, mask):
-    tl.store(at[None, :] + k * stride_l, x.to(at.dtype.element_ty), mask=mask)
+def _write_steps(row, offset, x, k, stride_l, mask):
+    at = row + (offset[None, :] + k * stride_l)
+    tl.store(at, x.to(at.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -330,30 +331,30 @@ def _join_kernel(border_ptr, decay_ptr, chunks, size, REVERSE: tl.constexpr, BLO
 # fmt: off
 @jit
 def _forward_block(
-    h, sum_d, A, bias, skip, fixed_B, fixed_C,
-    u_at, delta_at, z_at, out_at, flags_at, packed_at,
-    stride_ul, stride_dl, stride_zl, stride_ol, stride_fl, left, valid,
+    h, sum_d, t, left, A, bias, skip, fixed_B, fixed_C,
+    u_row, delta_row, z_row, out_row, flags_row, packed_at,
+    offset_u, offset_d, offset_z, offset_o, valid, k,
+    stride_ul, stride_dl, stride_zl, stride_ol, stride_fl,
     NP: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr, TAIL: tl.constexpr,
     SOFTPLUS: tl.constexpr, B_FIXED: tl.constexpr, C_FIXED: tl.constexpr, NVIDIA: tl.constexpr,
 ):
     # fmt: on
     """A block of steps, `left` of them with TAIL: the next state, and the sum of d (inf: reset)."""
-    FLAGS: tl.constexpr = flags_at is not None
-    k = tl.arange(0, STEPS)[:, None].to(tl.int64)
+    FLAGS: tl.constexpr = flags_row is not None
     ok = None
     inside = valid[None, :]
     if TAIL:
         ok = k < left
         inside = ok & valid[None, :]
-    u = _steps(u_at, k, stride_ul, ok)
-    step = _steps(delta_at, k, stride_dl, ok) + bias[None, :]
+    u = _steps(u_row, t * stride_ul + offset_u, k, stride_ul, ok)
+    step = _steps(delta_row, t * stride_dl + offset_d, k, stride_dl, ok) + bias[None, :]
     if SOFTPLUS:
         step = softplus(step)
     if TAIL:
         step = tl.where(ok, step, 0.0)
     reset = step
     if FLAGS:
-        live, reset = _flags(flags_at, k, stride_fl, ok)
+        live, reset = _flags(flags_row + t * stride_fl, k, stride_fl, ok)
         step = tl.where(live, step, 0.0)
         u = tl.where(live, u, 0.0)
         sum_d -= tl.sum(reset, 0)
@@ -364,15 +365,15 @@ def _forward_block(
     for i in tl.static_range(STEPS):
         B = _row(fixed_B, packed_at, i, 0, B_FIXED, NP, LANES)
         h = _decay(step, A, reset, i, STEPS, FLAGS) * h + _take(x, i, STEPS)[None, :] * B
-        if out_at is not None:
+        if out_row is not None:
             C = _row(fixed_C, packed_at, i, 1, C_FIXED, NP, LANES)
             y = _put(y, _take(y, i, STEPS) + tl.sum(h * C, 0), i, STEPS)
-    if out_at is not None:
+    if out_row is not None:
         if FLAGS:
             y = tl.where(live, y, 0.0)
-        if z_at is not None:
-            y *= silu(_steps(z_at, k, stride_zl, ok), NVIDIA)
-        _write_steps(out_at, y, k, stride_ol, inside)
+        if z_row is not None:
+            y *= silu(_steps(z_row, t * stride_zl + offset_z, k, stride_zl, ok), NVIDIA)
+        _write_steps(out_row, t * stride_ol + offset_o, y, k, stride_ol, inside)
     return h, sum_d
 
 
@@ -399,9 +400,13 @@ def _forward_kernel(
     stride_ib, stride_id, stride_in,
     N: tl.constexpr, NP: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, GATHER: tl.constexpr, NVIDIA: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     # fmt: on
-    """A program takes its channels through a chunk. Without out_ptr: the first pass over chunks."""
+    """A program takes its channels through a chunk. Without out_ptr: the first pass over chunks.
+
+    WIDE: a sequence spans 2^31 elements or more.
+    """
     B_FIXED: tl.constexpr = B_ptr is not None
     C_FIXED: tl.constexpr = C_ptr is not None
     pid = tl.program_id(0).to(tl.int64)
@@ -418,7 +423,7 @@ def _forward_kernel(
     place = _place(lane, unit, NP, LANES)
     tile = ((b * chunks + c) * groups * blocks + block) * (NP * LANES)
     begin = c * chunk
-    steps = tl.minimum(L - begin, chunk)
+    steps = tl.minimum(L - begin, chunk).to(tl.int32)
     first = begin  # its position
     stride_ol = dim
     stride_fl = 1
@@ -434,17 +439,17 @@ def _forward_kernel(
         fixed_B = _channel_states(B_ptr, n, d, stride_Bn, stride_Bd, N, NP, LANES)
     if C_FIXED:
         fixed_C = _channel_states(C_ptr, n, d, stride_Cn, stride_Cd, N, NP, LANES)
-    u_at = u_ptr + (b * stride_ub + first * stride_ul + d * stride_ud)
-    delta_at = delta_ptr + (b * stride_db + first * stride_dl + d * stride_dd)
-    z_at = z_ptr
+    u_row = u_ptr + (b * stride_ub + first * stride_ul)
+    delta_row = delta_ptr + (b * stride_db + first * stride_dl)
+    z_row = z_ptr
     if z_ptr is not None:
-        z_at = z_ptr + (b * stride_zb + first * stride_zl + d * stride_zd)
-    out_at = out_ptr
+        z_row = z_ptr + (b * stride_zb + first * stride_zl)
+    out_row = out_ptr
     if out_ptr is not None:
-        out_at = out_ptr + ((b * L + first) * dim + d * unit)
-    flags_at = flags_ptr
+        out_row = out_ptr + (b * L + first) * dim
+    flags_row = flags_ptr
     if flags_ptr is not None:
-        flags_at = flags_ptr + (b * L + first)
+        flags_row = flags_ptr + (b * L + first)
     packed_at = packed_ptr
     if packed_ptr is not None:
         packed_at = packed_ptr + (((b * groups + g) * rows + begin) * (2 * NP) + n)
@@ -468,33 +473,43 @@ def _forward_kernel(
         if c > 0:
             h = _states(border_ptr + tile + place, NP, LANES)
     sum_d = tl.zeros([LANES], tl.float32)
-    for _ in range(steps // STEPS):
+    k = tl.arange(0, STEPS)[:, None]
+    if WIDE:
+        k = k.to(tl.int64)
+    else:
+        d = d.to(tl.int32)
+    offset_u = d * stride_ud
+    offset_d = d * stride_dd
+    offset_z = d * stride_zd
+    offset_o = d * unit
+    for i in range(steps // STEPS):
+        # The compiler must not see how t moves: it would keep pointers to all tensors in registers.
+        t = (i * STEPS) ^ (unit - 1)
+        if WIDE:
+            t = t.to(tl.int64)
         if kept_ptr is not None:
             tl.store(kept_at, tl.reshape(h, place.shape))
             kept_at += groups * blocks * (NP * LANES)
         h, sum_d = _forward_block(
-            h, sum_d, A, bias, skip, fixed_B, fixed_C,
-            u_at, delta_at, z_at, out_at, flags_at, packed_at,
-            stride_ul, stride_dl, stride_zl, stride_ol, stride_fl, STEPS, valid,
+            h, sum_d, t, STEPS, A, bias, skip, fixed_B, fixed_C,
+            u_row, delta_row, z_row, out_row, flags_row, packed_at,
+            offset_u, offset_d, offset_z, offset_o, valid, k,
+            stride_ul, stride_dl, stride_zl, stride_ol, stride_fl,
             NP, LANES, STEPS, False, SOFTPLUS, B_FIXED, C_FIXED, NVIDIA,
         )  # fmt: skip
-        u_at += STEPS * stride_ul
-        delta_at += STEPS * stride_dl
-        if z_ptr is not None:
-            z_at += STEPS * stride_zl
-        if out_ptr is not None:
-            out_at += STEPS * stride_ol
-        if flags_ptr is not None:
-            flags_at += STEPS * stride_fl
         if packed_ptr is not None:
             packed_at += STEPS * 2 * NP
     if steps % STEPS > 0:
+        t = steps // STEPS * STEPS
+        if WIDE:
+            t = t.to(tl.int64)
         if kept_ptr is not None:
             tl.store(kept_at, tl.reshape(h, place.shape))
         h, sum_d = _forward_block(
-            h, sum_d, A, bias, skip, fixed_B, fixed_C,
-            u_at, delta_at, z_at, out_at, flags_at, packed_at,
-            stride_ul, stride_dl, stride_zl, stride_ol, stride_fl, steps % STEPS, valid,
+            h, sum_d, t, steps % STEPS, A, bias, skip, fixed_B, fixed_C,
+            u_row, delta_row, z_row, out_row, flags_row, packed_at,
+            offset_u, offset_d, offset_z, offset_o, valid, k,
+            stride_ul, stride_dl, stride_zl, stride_ol, stride_fl,
             NP, LANES, STEPS, True, SOFTPLUS, B_FIXED, C_FIXED, NVIDIA,
         )  # fmt: skip
 
@@ -529,66 +544,6 @@ def _write_lane_sums(
 
 
 # fmt: off
-@jit
-def _back_two(
-    carry, dA, dB, dC, y, s, r, h, step, x, dy, reset, A, fixed_B, fixed_C,
-    packed_at, parts_at, parts_step, lane, left,
-    k: tl.constexpr, NP: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
-    FLAGS: tl.constexpr, B_FIXED: tl.constexpr, C_FIXED: tl.constexpr, GATHER: tl.constexpr,
-    NEED_A: tl.constexpr, NEED_B: tl.constexpr, NEED_C: tl.constexpr, NEED_Z: tl.constexpr,
-):
-    # fmt: on
-    """Back through steps k and k + 1 of a block, from the state h before them."""
-    B0 = _row(fixed_B, packed_at, k, 0, B_FIXED, NP, LANES)
-    a0, h1 = _forward_step(h, step, x, A, reset, B0, k, STEPS, FLAGS)
-    B1 = _row(fixed_B, packed_at, k + 1, 0, B_FIXED, NP, LANES)
-    a1, h2 = _forward_step(h1, step, x, A, reset, B1, k + 1, STEPS, FLAGS)
-    if NEED_Z:
-        y0 = tl.sum(h1 * _row(fixed_C, packed_at, k, 1, C_FIXED, NP, LANES), 0)
-        y1 = tl.sum(h2 * _row(fixed_C, packed_at, k + 1, 1, C_FIXED, NP, LANES), 0)
-        y = _put(y, _take(y, k, STEPS) + y0, k, STEPS)
-        y = _put(y, _take(y, k + 1, STEPS) + y1, k + 1, STEPS)
-    dy0 = _take(dy, k, STEPS)[None, :]
-    dy1 = _take(dy, k + 1, STEPS)[None, :]
-    if NEED_C:
-        if C_FIXED:
-            dC += h1 * dy0
-            dC += h2 * dy1
-        else:
-            at = parts_at + (k * parts_step + NP)
-            _write_lane_sums(at, h1 * dy0, lane, k < left, NP, LANES, GATHER)
-            at += parts_step
-            _write_lane_sums(at, h2 * dy1, lane, k + 1 < left, NP, LANES, GATHER)
-    g1 = dy1 * _row(fixed_C, packed_at, k + 1, 1, C_FIXED, NP, LANES) + carry
-    s1 = tl.sum(g1 * _row(fixed_B, packed_at, k + 1, 0, B_FIXED, NP, LANES), 0)
-    carry = g1 * a1
-    q = carry * h1
-    r = _put(r, tl.sum(q * A, 0), k + 1, STEPS)
-    if NEED_A:
-        dA += q * _take(step, k + 1, STEPS)[None, :]
-    g0 = dy0 * _row(fixed_C, packed_at, k, 1, C_FIXED, NP, LANES) + carry
-    s0 = tl.sum(g0 * _row(fixed_B, packed_at, k, 0, B_FIXED, NP, LANES), 0)
-    carry = g0 * a0
-    q = carry * h
-    r = _put(r, tl.sum(q * A, 0), k, STEPS)
-    if NEED_A:
-        dA += q * _take(step, k, STEPS)[None, :]
-    s = _put(_put(s, s0, k, STEPS), s1, k + 1, STEPS)
-    if NEED_B:
-        x0 = _take(x, k, STEPS)[None, :]
-        x1 = _take(x, k + 1, STEPS)[None, :]
-        if B_FIXED:
-            dB += g0 * x0
-            dB += g1 * x1
-        else:
-            at = parts_at + k * parts_step
-            _write_lane_sums(at, g0 * x0, lane, k < left, NP, LANES, GATHER)
-            at += parts_step
-            _write_lane_sums(at, g1 * x1, lane, k + 1 < left, NP, LANES, GATHER)
-    return carry, dA, dB, dC, y, s, r
-
-
-# fmt: off
 @jit(do_not_specialize=_OPAQUE)
 def _backward_kernel(
     dout_ptr,
@@ -615,12 +570,12 @@ def _backward_kernel(
     stride_lb, stride_ld, stride_ln,
     N: tl.constexpr, NP: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, GATHER: tl.constexpr, NVIDIA: tl.constexpr,
-    ALIKE: tl.constexpr, NEED_B: tl.constexpr, NEED_C: tl.constexpr,
+    WIDE: tl.constexpr, ALIKE: tl.constexpr, NEED_B: tl.constexpr, NEED_C: tl.constexpr,
 ):
     # fmt: on
     """A program takes its channels back through a chunk, two steps at a time.
 
-    ALIKE: the tensors of (B, L, D) all have the same stride along D.
+    WIDE: a sequence spans 2^31 elements or more. ALIKE: all (B, L, D) have the same stride along D.
     """
     FLAGS: tl.constexpr = flags_ptr is not None
     B_FIXED: tl.constexpr = B_ptr is not None
@@ -672,6 +627,8 @@ def _backward_kernel(
         stride_zl = -stride_zl
         stride_ol = -stride_ol
         stride_fl = -stride_fl
+    if not WIDE:
+        d = d.to(tl.int32)
     offset_u = d * stride_ud
     if ALIKE:
         offset_d = offset_u
@@ -707,18 +664,45 @@ def _backward_kernel(
     dC = A * 0.0
     dD = tl.zeros([LANES], tl.float32)
     dbias = tl.zeros([LANES], tl.float32)
-    k = tl.arange(0, STEPS)[:, None].to(tl.int64)
-    many = tl.cdiv(steps, STEPS)
-    for i in range(many):
+    k = tl.arange(0, 2)[:, None]
+    kept_step = groups * blocks * (NP * LANES)
+    if WIDE:
+        k = k.to(tl.int64)
+    pairs = tl.cdiv(steps, 2)
+    for i in range(pairs):
         # The compiler must not see how t moves: it would keep pointers to all tensors in registers.
-        t = ((many - 1 - i) * STEPS) ^ (unit - 1)
-        left = steps - t
-        ok = (k == 0) | (k < left)
+        t = ((pairs - 1 - i) * 2) ^ (unit - 1)
+        full = t + 1 < steps
+        ok = (k == 0) | full
         inside = ok & valid[None, :]
-        t64 = t.to(tl.int64)
-        u = _steps(u_row + t64 * stride_ul + offset_u, k, stride_ul, ok)
-        step = _steps(delta_row + t64 * stride_dl + offset_d, k, stride_dl, ok) + bias[None, :]
-        dout = _steps(dout_row + t64 * stride_gl + offset_g, k, stride_gl, inside)
+        skipped = t % STEPS // 2
+        if WIDE:
+            t = t.to(tl.int64)
+        h = _states(kept_row + (t // STEPS * kept_step + place), NP, LANES)
+        for j in range(skipped):
+            before = t // STEPS * STEPS + j * 2
+            u = _steps(u_row, before * stride_ul + offset_u, k, stride_ul, None)
+            step = _steps(delta_row, before * stride_dl + offset_d, k, stride_dl, None)
+            step += bias[None, :]
+            if SOFTPLUS:
+                step = softplus(step)
+            reset = step
+            if FLAGS:
+                live, reset = _flags(flags_row + before * stride_fl, k, stride_fl, None)
+                step = tl.where(live, step, 0.0)
+                u = tl.where(live, u, 0.0)
+                reset = tl.broadcast_to(reset, step.shape)
+            packed_at = packed_row
+            if packed_ptr is not None:
+                packed_at = packed_row + (before * (2 * NP) + n)
+            x = step * u
+            for m in tl.static_range(2):
+                B = _row(fixed_B, packed_at, m, 0, B_FIXED, NP, LANES)
+                _, h = _forward_step(h, step, x, A, reset, B, m, 2, FLAGS)
+
+        u = _steps(u_row, t * stride_ul + offset_u, k, stride_ul, ok)
+        step = _steps(delta_row, t * stride_dl + offset_d, k, stride_dl, ok) + bias[None, :]
+        dout = _steps(dout_row, t * stride_gl + offset_g, k, stride_gl, inside)
         if SOFTPLUS:
             step, slope = softplus_slope(step, NVIDIA)
         else:
@@ -727,7 +711,7 @@ def _backward_kernel(
         slope = tl.where(ok, slope, 0.0)
         reset = step
         if FLAGS:
-            live, reset = _flags(flags_row + t64 * stride_fl, k, stride_fl, ok)
+            live, reset = _flags(flags_row + t * stride_fl, k, stride_fl, ok)
             step = tl.where(live, step, 0.0)
             slope = tl.where(live, slope, 0.0)
             u = tl.where(live, u, 0.0)
@@ -735,47 +719,75 @@ def _backward_kernel(
             reset = tl.broadcast_to(reset, step.shape)
         dy = dout
         if z_ptr is not None:
-            z = _steps(z_row + t64 * stride_zl + offset_z, k, stride_zl, ok)
+            z = _steps(z_row, t * stride_zl + offset_z, k, stride_zl, ok)
             gate, dz = silu_slope(z, NVIDIA)
             dy = dout * gate
             dz *= dout
         x = step * u
-        y = skip[None, :] * u
-        s = y
-        r = y
+        dy0 = _take(dy, 0, 2)[None, :]
+        dy1 = _take(dy, 1, 2)[None, :]
+        at = t * stride_ol + offset_o
         packed_at = packed_row
         if packed_ptr is not None:
-            packed_at = packed_row + t64 * (2 * NP) + n
+            packed_at = packed_row + (t * (2 * NP) + n)
         parts_at = parts_row
         if parts_ptr is not None:
-            parts_at = parts_row + t64 * parts_step
-        kept_at = kept_row + t64 // STEPS * groups * blocks * (NP * LANES) + place
-        h = _states(kept_at, NP, LANES)
-        again = (step.to(tl.int32, bitcast=True) ^ (unit - 1)).to(tl.float32, bitcast=True)
-        for m in tl.static_range(2):
-            B = _row(fixed_B, packed_at, m, 0, B_FIXED, NP, LANES)
-            _, h = _forward_step(h, again, x, A, reset, B, m, STEPS, FLAGS)
-        for m in tl.static_range(2, -1, -2):
-            if m == 0:
-                h = _states(kept_at, NP, LANES)
-            carry, dA, dB, dC, y, s, r = _back_two(
-                carry, dA, dB, dC, y, s, r, h, step, x, dy, reset, A, fixed_B, fixed_C,
-                packed_at, parts_at, parts_step, lane, left,
-                m, NP, LANES, STEPS, FLAGS, B_FIXED, C_FIXED, GATHER,
-                dA_ptr is not None, NEED_B, NEED_C, dz_ptr is not None,
-            )  # fmt: skip
-        at = out_row + t64 * stride_ol + offset_o
+            parts_at = parts_row + t * parts_step
+
+        B0 = _row(fixed_B, packed_at, 0, 0, B_FIXED, NP, LANES)
+        a0, h1 = _forward_step(h, step, x, A, reset, B0, 0, 2, FLAGS)
+        B1 = _row(fixed_B, packed_at, 1, 0, B_FIXED, NP, LANES)
+        a1, h2 = _forward_step(h1, step, x, A, reset, B1, 1, 2, FLAGS)
         if dz_ptr is not None:
-            _write_steps(dz_ptr + at, dz * y, k, stride_ol, inside)
+            y0 = tl.sum(h1 * _row(fixed_C, packed_at, 0, 1, C_FIXED, NP, LANES), 0)
+            y1 = tl.sum(h2 * _row(fixed_C, packed_at, 1, 1, C_FIXED, NP, LANES), 0)
+            y = _put(_put(u, y0, 0, 2), y1, 1, 2) + skip[None, :] * u
+            _write_steps(dz_ptr + out_row, at, dz * y, k, stride_ol, inside)
+        if NEED_C:
+            if C_FIXED:
+                dC += h1 * dy0
+                dC += h2 * dy1
+            else:
+                _write_lane_sums(parts_at + NP, h1 * dy0, lane, True, NP, LANES, GATHER)
+                to = parts_at + (parts_step + NP)
+                _write_lane_sums(to, h2 * dy1, lane, full, NP, LANES, GATHER)
+
+        g1 = dy1 * _row(fixed_C, packed_at, 1, 1, C_FIXED, NP, LANES) + carry
+        s1 = tl.sum(g1 * _row(fixed_B, packed_at, 1, 0, B_FIXED, NP, LANES), 0)
+        carry = g1 * a1
+        q = carry * h1
+        r1 = tl.sum(q * A, 0)
+        if dA_ptr is not None:
+            dA += q * _take(step, 1, 2)[None, :]
+        g0 = dy0 * _row(fixed_C, packed_at, 0, 1, C_FIXED, NP, LANES) + carry
+        s0 = tl.sum(g0 * _row(fixed_B, packed_at, 0, 0, B_FIXED, NP, LANES), 0)
+        carry = g0 * a0
+        q = carry * h
+        r0 = tl.sum(q * A, 0)
+        if dA_ptr is not None:
+            dA += q * _take(step, 0, 2)[None, :]
+        if NEED_B:
+            x0 = _take(x, 0, 2)[None, :]
+            x1 = _take(x, 1, 2)[None, :]
+            if B_FIXED:
+                dB += g0 * x0
+                dB += g1 * x1
+            else:
+                _write_lane_sums(parts_at, g0 * x0, lane, True, NP, LANES, GATHER)
+                _write_lane_sums(parts_at + parts_step, g1 * x1, lane, full, NP, LANES, GATHER)
         if dD_ptr is not None:
-            dD += tl.sum(dy * u, 0)
+            dD += _take(dy, 0, 2) * _take(u, 0, 2)
+            dD += _take(dy, 1, 2) * _take(u, 1, 2)
+        s = _put(_put(u, s0, 0, 2), s1, 1, 2)
         if du_ptr is not None:
-            _write_steps(du_ptr + at, step * s + skip[None, :] * dy, k, stride_ol, inside)
+            du = step * s + skip[None, :] * dy
+            _write_steps(du_ptr + out_row, at, du, k, stride_ol, inside)
         if ddelta_ptr is not None or dbias_ptr is not None:
+            r = _put(_put(u, r0, 0, 2), r1, 1, 2)
             ddelta = (u * s + r * 0.6931471805599453) * slope
             dbias += tl.sum(ddelta, 0)
             if ddelta_ptr is not None:
-                _write_steps(ddelta_ptr + at, ddelta, k, stride_ol, inside)
+                _write_steps(ddelta_ptr + out_row, at, ddelta, k, stride_ol, inside)
 
     to = tl.reshape(n, [NP, LANES])
     whole = valid[None, :] & (to < N)
@@ -812,6 +824,7 @@ def _backward_border_kernel(
     stride_lb, stride_ld, stride_ln,
     N: tl.constexpr, NP: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, GATHER: tl.constexpr, NVIDIA: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     # fmt: on
     """The first pass of the backward over chunks: the gradient that a chunk makes of zero."""
@@ -842,11 +855,11 @@ def _backward_border_kernel(
     fixed_C = A
     if C_FIXED:
         fixed_C = _channel_states(C_ptr, n, d, stride_Cn, stride_Cd, N, NP, LANES)
-    dout_at = dout_ptr + (b * stride_gb + first * stride_gl + d * stride_gd)
-    delta_at = delta_ptr + (b * stride_db + first * stride_dl + d * stride_dd)
-    z_at = z_ptr
+    dout_row = dout_ptr + (b * stride_gb + first * stride_gl)
+    delta_row = delta_ptr + (b * stride_db + first * stride_dl)
+    z_row = z_ptr
     if z_ptr is not None:
-        z_at = z_ptr + (b * stride_zb + first * stride_zl + d * stride_zd)
+        z_row = z_ptr + (b * stride_zb + first * stride_zl)
     flags_at = flags_ptr
     if flags_ptr is not None:
         flags_at = flags_ptr + (b * L + first)
@@ -865,13 +878,22 @@ def _backward_border_kernel(
             carry = _channel_states(dlast, n, d, stride_ln, stride_ld, N, NP, LANES)
             carry = tl.where(valid[None, :], carry, 0.0)
     sum_d = tl.zeros([LANES], tl.float32)
-    k = tl.arange(0, STEPS)[:, None].to(tl.int64)
+    k = tl.arange(0, STEPS)[:, None]
+    if WIDE:
+        k = k.to(tl.int64)
+    else:
+        d = d.to(tl.int32)
+    offset_g = d * stride_gd
+    offset_d = d * stride_dd
+    offset_z = d * stride_zd
     many = tl.cdiv(steps, STEPS)
     for i in range(many):
-        t = ((many - 1 - i) * STEPS).to(tl.int64)
+        t = (many - 1 - i) * STEPS
+        if WIDE:
+            t = t.to(tl.int64)
         ok = k < steps - t
-        step = _steps(delta_at + t * stride_dl, k, stride_dl, ok) + bias[None, :]
-        dy = _steps(dout_at + t * stride_gl, k, stride_gl, ok & valid[None, :])
+        step = _steps(delta_row, t * stride_dl + offset_d, k, stride_dl, ok) + bias[None, :]
+        dy = _steps(dout_row, t * stride_gl + offset_g, k, stride_gl, ok & valid[None, :])
         if SOFTPLUS:
             step = softplus(step)
         step = tl.where(ok, step, 0.0)
@@ -883,7 +905,7 @@ def _backward_border_kernel(
             sum_d -= tl.sum(reset, 0)
             reset = tl.broadcast_to(reset, step.shape)
         if z_ptr is not None:
-            dy *= silu(_steps(z_at + t * stride_zl, k, stride_zl, ok), NVIDIA)
+            dy *= silu(_steps(z_row, t * stride_zl + offset_z, k, stride_zl, ok), NVIDIA)
         sum_d += tl.sum(step, 0)
         row_at = packed_at
         if packed_ptr is not None:
@@ -916,6 +938,16 @@ def _sizes(state: int) -> dict[str, Any]:
 
 def _groups(*tensors: Tensor) -> int:
     return max((x.shape[2] for x in tensors if x.ndim == 4), default=1)
+
+
+def _wide(programs: int, padded: int, *tensors: Tensor | None) -> bool:
+    """Whether offsets inside one sequence, of these tensors and of workspaces, pass 2^31."""
+    given = [x for x in tensors if x is not None]
+    length, dim = given[0].shape[1:]
+    rows = -(-length // STEPS) * STEPS
+    kept, parts = rows // STEPS * programs * padded * LANES, rows * programs * 2 * padded
+    spans = ((length - 1) * x.stride(1) + (dim - 1) * x.stride(2) for x in given)
+    return max(kept, parts, length * dim, *spans) >= 2**31
 
 
 def _blocks(dim: int, groups: int) -> int:
@@ -1028,7 +1060,8 @@ def _launch_fwd(
             stride_Bn=strides_B[0], stride_Bd=strides_B[1],
             stride_Cn=strides_C[0], stride_Cd=strides_C[1],
             **_named_states("i", initial_state),
-            SOFTPLUS=delta_softplus, REVERSE=reverse, **sizes,
+            SOFTPLUS=delta_softplus, REVERSE=reverse, 
+            WIDE=_wide(groups * blocks, sizes["NP"], u, delta, z), **sizes,
         )  # fmt: skip
 
     if chunks > 1:
@@ -1100,7 +1133,8 @@ def _launch_bwd(
         **_named("g", dout), **_named_states("l", dlast), **_named("d", delta), **_named("z", z),
         "stride_an": A.stride(1), "stride_ad": A.stride(0),
         "stride_Cn": strides_C[0], "stride_Cd": strides_C[1],
-        "SOFTPLUS": delta_softplus, "REVERSE": reverse,
+        "SOFTPLUS": delta_softplus, "REVERSE": reverse, 
+        "WIDE": _wide(groups * blocks, sizes["NP"], u, dout, delta, z),
     }  # fmt: skip
     border = None
     if chunks > 1:
@@ -1245,3 +1279,236 @@ def _backward(
 
 
 _scan_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    *,
+    delta_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+    reverse: bool = False,
+    position_ids: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    mask: Tensor | None = None,
+    implementation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The selective scan in the native layout; see the module for the equation.
+
+    Gradients flow to every floating input, through the last state too; those that nothing needs are
+    not computed. They are the same bits from run to run.
+
+    Args:
+        u, delta: (B, L, D) fp32, fp16 or bf16 (fp64 by "torch" on the CPU), any strides.
+        A: (D, N), N from 1 to 256. Negative for stability; not checked. Complex A is refused.
+        B, C: (B, L, N) or (B, L, G, N), G a divisor of D; or (D, N) where they do not depend on
+            the input.
+        D, delta_bias: (D,).
+        z: (B, L, D), gates the output by silu(z).
+        delta_softplus: whether the step size passes through softplus, after the bias.
+        initial_state: (B, D, N); None: zeros.
+        return_last_state: also return the state after the last step visited.
+        reverse: visit L-1 first and 0 last; outputs stay at their places.
+        position_ids: (B, L) or (L,) integers, 0 where a sequence of a packed row begins.
+        seq_idx: (B, L) or (L,) integers, the sequence that a step belongs to (instead of
+            position_ids); the state does not pass from one to another.
+        mask: (B, L) bool, False where there is padding: the state passes, the output is 0.
+        implementation: see `kernels.implementations`; None follows the device.
+    Returns:
+        (B, L, D) in u's dtype; with `return_last_state` also (B, D, N) fp32 (fp64 for fp64).
+    Raises:
+        ValueError: shapes or devices disagree (the message names the tensor, expected and got), or
+            an implementation that cannot run there.
+        TypeError: a tensor that is not real floating point.
+    """
+    _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    batch, length, _ = u.shape
+    flags = step_flags(
+        batch, length, reverse=reverse, position_ids=position_ids, seq_idx=seq_idx, mask=mask
+    )
+    tensors = (u, delta, A, B, C)
+    widest = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else u.dtype
+    chosen = choose(implementation, u.device, widest, "selective_scan")
+    if chosen == "reference":
+        return scan_ref(
+            u, delta, A, B, C, D, z, delta_bias,
+            delta_softplus=delta_softplus, initial_state=initial_state,
+            return_last_state=return_last_state, reverse=reverse, flags=flags,
+        )  # fmt: skip
+    if B.ndim == 3:
+        B = B[:, :, None]
+    if C.ndim == 3:
+        C = C[:, :, None]
+    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    out, last, _ = _scan_fwd(*inputs, flags, delta_softplus, reverse, keep, chosen)
+    return (out, last) if return_last_state else out
+
+
+def selective_scan_fn(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The selective scan with mamba_ssm's signature, layout and meaning: a drop-in.
+
+    Args:
+        u, delta, z: (B, D, L), any strides.
+        A: (D, N), real.
+        B, C: (B, N, L) or (B, G, N, L), or (D, N) where they do not depend on the input.
+        D, delta_bias: (D,).
+        delta_softplus: whether the step size passes through softplus.
+        return_last_state: also return the last state, which is differentiable.
+    Returns:
+        (B, D, L) in u's dtype; with `return_last_state` also (B, D, N) fp32.
+    Raises:
+        ValueError, TypeError: as `selective_scan`.
+    """
+    result = selective_scan(
+        u.mT,
+        delta.mT,
+        A,
+        B if B.ndim == 2 else B.movedim(-1, 1),
+        C if C.ndim == 2 else C.movedim(-1, 1),
+        D,
+        None if z is None else z.mT,
+        delta_bias,
+        delta_softplus=delta_softplus,
+        return_last_state=return_last_state,
+    )
+    if isinstance(result, tuple):
+        return result[0].mT, result[1]
+    return result.mT
+
+
+def selective_state_update(
+    state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of the scan, for generation; trainable, so `state` is not written to.
+
+    Args:
+        state: (B, D, N).
+        u, delta, z: (B, D).
+        A: (D, N).
+        B, C: (B, N) or (B, G, N).
+        D, delta_bias: (D,).
+        delta_softplus: whether the step size passes through softplus.
+        implementation: see `kernels.implementations`.
+    Returns:
+        (B, D) in u's dtype, and the new state (B, D, N) fp32 (fp64 for fp64).
+    Raises:
+        ValueError, TypeError: as `selective_scan`.
+    """
+    out = selective_scan(
+        u[:, None],
+        delta[:, None],
+        A,
+        B[:, None],
+        C[:, None],
+        D,
+        None if z is None else z[:, None],
+        delta_bias,
+        delta_softplus=delta_softplus,
+        initial_state=state,
+        return_last_state=True,
+        implementation=implementation,
+    )
+    assert isinstance(out, tuple)
+    return out[0][:, 0], out[1]
+
+
+def describe(
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    implementation: str | None = None,
+) -> str:
+    """Which implementation of the scan runs on tensors of a device and type, in one line.
+
+    Raises:
+        ValueError: none can run there.
+    """
+    device = torch.device(device)
+    chosen = choose(implementation, device, dtype, "selective_scan")
+    how = "asked for" if implementation else f"the default on {device.type}"
+    return f"selective_scan: {chosen} ({how}, {str(dtype).removeprefix('torch.')})"
+
+
+def _check(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+) -> None:
+    if A.is_complex() or B.is_complex() or C.is_complex():
+        raise TypeError("selective_scan: A, B and C must be real; complex ones are not supported")
+    if u.ndim != 3 or A.ndim != 2:
+        raise ValueError(
+            f"selective_scan: u has shape {tuple(u.shape)}, expected three axes, and A "
+            f"{tuple(A.shape)}, expected (D, N)"
+        )
+    batch, length, dim = u.shape
+    state = A.shape[1]
+    if not 1 <= state <= 256:
+        raise ValueError(f"selective_scan: A has {state} states, expected 1 to 256")
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "delta": (delta, (batch, length, dim)),
+        "A": (A, (dim, state)),
+        "D": (D, (dim,)),
+        "z": (z, (batch, length, dim)),
+        "delta_bias": (delta_bias, (dim,)),
+        "initial_state": (initial_state, (batch, dim, state)),
+    }
+    for name, tensor in (("B", B), ("C", C)):
+        shape: tuple[int, ...] = (dim, state)
+        if tensor.ndim == 3:
+            shape = (batch, length, state)
+        elif tensor.ndim == 4:
+            groups = tensor.shape[2]
+            shape = (batch, length, groups, state)
+            if groups < 1 or dim % groups:
+                raise ValueError(
+                    f"selective_scan: {name} has {groups} groups, which do not divide {dim} channels"
+                )
+        expected[name] = (tensor, shape)
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"selective_scan: {name} has shape {tuple(tensor.shape)}, expected {shape}"
+            )
+        if tensor.device != u.device:
+            raise ValueError(f"selective_scan: {name} is on {tensor.device}, u on {u.device}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"selective_scan: {name} is {tensor.dtype}, expected floating point")
+    if not u.is_floating_point():
+        raise TypeError(f"selective_scan: u is {u.dtype}, expected floating point")

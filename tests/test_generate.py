@@ -291,3 +291,17 @@ def test_real_images_from_the_shell(run: Path, tmp_path: Path) -> None:
     rows = rows_of(tmp_path / "out.jsonl")
     assert [row["id"] for row in rows] == [str(one["id"]) for one in studies]
     assert all(row["report"] for row in rows)
+
+
+def test_pad_keeps_the_proportions(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from emrrg.data.dataset import RecordStudies
+    from emrrg.data.records import Record
+
+    Image.new("L", (40, 20), 255).save(tmp_path / "wide.png")
+    record = Record("a", "x .", (tmp_path / "wide.png",), "train")
+    stretched = RecordStudies([record], 32, cache_bytes=0)[0].images
+    padded = RecordStudies([record], 32, cache_bytes=0, fit="pad")[0].images
+    assert stretched.min() == 255
+    assert padded[0, 0, 0].max() == 0 and padded[0, 0, 16].min() == 255

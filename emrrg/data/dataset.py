@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from emrrg.data.image_cache import ImageCache
+from emrrg.data.images import Fit
 from emrrg.data.phantoms import Finding, draw_phantom, phantom_split
 from emrrg.data.records import Record
 from emrrg.errors import InputError
@@ -97,12 +98,19 @@ class RecordStudies(Dataset[Study]):
         size: pixels a side.
         cache_bytes: at most this much for resized images, in a temporary file that all reading
             processes share.
+        fit: how an image becomes a square, as `emrrg.data.images.load_image` has it.
     """
 
-    def __init__(self, records: Sequence[Record], size: int, cache_bytes: int = 2**30) -> None:
+    def __init__(
+        self,
+        records: Sequence[Record],
+        size: int,
+        cache_bytes: int = 2**30,
+        fit: Fit = "stretch",
+    ) -> None:
         self.records = list(records)
         self.size = size
-        self._cache = ImageCache(size, cache_bytes)
+        self._cache = ImageCache(size, cache_bytes, fit=fit)
 
     def __len__(self) -> int:
         return len(self.records)

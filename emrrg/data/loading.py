@@ -29,8 +29,8 @@ def load_studies(
     """The data that the flags describe.
 
     Args:
-        config: training flags; ``dataset``, ``annotation``, ``images``, ``clean``, ``marks``,
-            ``*_studies``, ``domain``.
+        config: training flags; ``dataset``, ``annotation``, ``images``, ``fit``, ``clean``,
+            ``marks``, ``*_studies``, ``domain``.
         image_size: pixels a side.
         splits: which of train, val and test to load.
     Returns:
@@ -69,7 +69,7 @@ def load_studies(
         ]
         if not chosen and split != "val":
             raise InputError(f"--annotation: {config.annotation} has no {split!r} studies")
-        studies[split] = RecordStudies(chosen, image_size)
+        studies[split] = RecordStudies(chosen, image_size, fit=config.fit)
     return studies
 
 
