@@ -201,8 +201,8 @@ def _cross_scan_fwd_kernel(
         bias = _read(bias_ptr + k * D + offs_d, mask, WHOLE)
         u_at = u_ptr + k * stride_uk + b * stride_ub + offs_d * stride_ud
         d_at = delta_ptr + k * stride_dk + b * stride_db + offs_d * stride_dd
-        B_at = B_ptr + k * stride_Bk + b * stride_Bb + offs_n
-        C_at = C_ptr + k * stride_Ck + b * stride_Cb + offs_n
+        B_row = B_ptr + k * stride_Bk + b * stride_Bb
+        C_row = C_ptr + k * stride_Ck + b * stride_Cb
         order_at = orders_ptr + k * L
         total_at = total_ptr + b * L * D + offs_d
         if PARALLEL:
@@ -217,32 +217,32 @@ def _cross_scan_fwd_kernel(
             order_at += 4
             u0 = _read(u_at, mask, WHOLE)
             d0 = softplus(_read(d_at, mask, WHOLE) + bias)
-            h, y0 = _advance(h, a, u0, d0, B_at, C_at, mask_n, WHOLE_N)
+            h, y0 = _advance(h, a, u0, d0, B_row + offs_n, C_row + offs_n, mask_n, WHOLE_N)
             u_at += stride_ul
             d_at += stride_dl
-            B_at += stride_Bl
-            C_at += stride_Cl
+            B_row += stride_Bl
+            C_row += stride_Cl
             u1 = _read(u_at, mask, WHOLE)
             d1 = softplus(_read(d_at, mask, WHOLE) + bias)
-            h, y1 = _advance(h, a, u1, d1, B_at, C_at, mask_n, WHOLE_N)
+            h, y1 = _advance(h, a, u1, d1, B_row + offs_n, C_row + offs_n, mask_n, WHOLE_N)
             u_at += stride_ul
             d_at += stride_dl
-            B_at += stride_Bl
-            C_at += stride_Cl
+            B_row += stride_Bl
+            C_row += stride_Cl
             u2 = _read(u_at, mask, WHOLE)
             d2 = softplus(_read(d_at, mask, WHOLE) + bias)
-            h, y2 = _advance(h, a, u2, d2, B_at, C_at, mask_n, WHOLE_N)
+            h, y2 = _advance(h, a, u2, d2, B_row + offs_n, C_row + offs_n, mask_n, WHOLE_N)
             u_at += stride_ul
             d_at += stride_dl
-            B_at += stride_Bl
-            C_at += stride_Cl
+            B_row += stride_Bl
+            C_row += stride_Cl
             u3 = _read(u_at, mask, WHOLE)
             d3 = softplus(_read(d_at, mask, WHOLE) + bias)
-            h, y3 = _advance(h, a, u3, d3, B_at, C_at, mask_n, WHOLE_N)
+            h, y3 = _advance(h, a, u3, d3, B_row + offs_n, C_row + offs_n, mask_n, WHOLE_N)
             u_at += stride_ul
             d_at += stride_dl
-            B_at += stride_Bl
-            C_at += stride_Cl
+            B_row += stride_Bl
+            C_row += stride_Cl
             y0 += skip * u0
             y1 += skip * u1
             y2 += skip * u2
@@ -256,14 +256,11 @@ def _cross_scan_fwd_kernel(
             _write(y1_at, y1, mask, WHOLE)
             _write(y2_at, y2, mask, WHOLE)
             _write(y3_at, y3, mask, WHOLE)
-        for step in range(L // 4 * 4, L):
-            t = b * 0 + step  # int64
-            B_at = B_ptr + k * stride_Bk + b * stride_Bb + t * stride_Bl + offs_n
-            C_at = C_ptr + k * stride_Ck + b * stride_Cb + t * stride_Cl + offs_n
+        for _ in range(L // 4 * 4, L):
             y_at = total_at + tl.load(order_at) * D
             u = _read(u_at, mask, WHOLE)
             d = softplus(_read(d_at, mask, WHOLE) + bias)
-            h, y = _advance(h, a, u, d, B_at, C_at, mask_n, WHOLE_N)
+            h, y = _advance(h, a, u, d, B_row + offs_n, C_row + offs_n, mask_n, WHOLE_N)
             y += skip * u
             if not PARALLEL:
                 y += _read(y_at, begun, False)
@@ -271,6 +268,8 @@ def _cross_scan_fwd_kernel(
             order_at += 1
             u_at += stride_ul
             d_at += stride_dl
+            B_row += stride_Bl
+            C_row += stride_Cl
         tl.debug_barrier()  # the next order reads what other threads may have written
     if not PARALLEL:
         for row in range(0, L, BLOCK_L):

@@ -50,8 +50,19 @@ STEPS = 4  # of a block: the forward loads them at once, the backward finds the 
 FEW_PROGRAMS = 3  # for each multiprocessor; with fewer a scan is cut into chunks
 SHORTEST_CHUNK = 64  # steps; the first pass costs two thirds of the second
 
-# Strides that the compiler must not know to be 1: it would give neighbours to one thread.
-_OPAQUE = [f"stride_{x}{i}" for x in "udzg" for i in "ld"] + ["stride_an", "stride_ad", "unit"]
+# Numbers for which no kernel is compiled anew: one serves all shapes. The compiler must not know
+# that a stride is 1 in any case: it would give neighbouring channels to one thread.
+_NUMBERS = ["L", "dim", "groups", "blocks", "rows", "chunk", "chunks", "unit", "size"]
+_NUMBERS += [f"stride_{x}{i}" for x in "udzg" for i in "bld"]
+_NUMBERS += [f"stride_{x}{i}" for x in "il" for i in "bdn"]
+_NUMBERS += [f"stride_{x}{i}" for x in "aBC" for i in "dn"]
+_NUMBERS += [f"stride_{x}{i}" for x in "BC" for i in "blg"]
+_TENSORS = ["u", "delta", "A", "B", "C", "D", "z", "bias", "flags", "initial", "out", "last"]
+_TENSORS += ["dout", "dlast", "du", "ddelta", "dz", "dB", "dC", "dinitial"]
+_ONCE = {
+    "do_not_specialize": _NUMBERS,
+    "do_not_specialize_on_alignment": [f"{x}_ptr" for x in _TENSORS],
+}
 
 
 @jit
@@ -243,7 +254,7 @@ def _row(
 
 
 # fmt: off
-@jit
+@jit(**_ONCE)
 def _pack_kernel(
     B_ptr, C_ptr,
     packed_ptr,  # (B, G, rows, 2, NP) fp32 contiguous, in the order of the scan
@@ -274,7 +285,7 @@ def _pack_kernel(
 
 
 # fmt: off
-@jit
+@jit(**_ONCE)
 def _add_parts_kernel(
     parts_ptr,  # (B, L, G, blocks, 2, NP) fp32 contiguous, in the order of the scan
     dB_ptr, dC_ptr,  # (B, L, G, N) contiguous
@@ -304,7 +315,7 @@ def _add_parts_kernel(
         tl.store(dC_ptr + to, total.to(dC_ptr.dtype.element_ty), mask=ok)
 
 
-@jit
+@jit(**_ONCE)
 def _join_kernel(border_ptr, decay_ptr, chunks, size, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
     """From what each chunk makes of zero to what each begins with; (B, chunks, size), in place.
 
@@ -378,7 +389,7 @@ def _forward_block(
 
 
 # fmt: off
-@jit(do_not_specialize=_OPAQUE)
+@jit(**_ONCE)
 def _forward_kernel(
     u_ptr, delta_ptr, A_ptr,
     B_ptr, C_ptr,  # (D, N) where fixed
@@ -544,7 +555,7 @@ def _write_lane_sums(
 
 
 # fmt: off
-@jit(do_not_specialize=_OPAQUE)
+@jit(**_ONCE)
 def _backward_kernel(
     dout_ptr,
     dlast_ptr,  # (B, D, N)
@@ -810,7 +821,7 @@ def _backward_kernel(
 
 
 # fmt: off
-@jit(do_not_specialize=_OPAQUE)
+@jit(**_ONCE)
 def _backward_border_kernel(
     dout_ptr, dlast_ptr, delta_ptr, A_ptr,
     C_ptr,  # (D, N) where fixed
@@ -936,8 +947,17 @@ def _sizes(state: int) -> dict[str, Any]:
     }
 
 
+def _registers(need_A: bool) -> dict[str, int]:
+    """Registers a thread of the backward may take, as an option of a launch.
+
+    With 168 three warps fit on a scheduler and all programs of an encoder's batch on an H200 at
+    once. The gradient of A takes 16 more, which then do not fit. AMD's compiler has no such option.
+    """
+    return {} if need_A or torch.version.hip else {"maxnreg": 168}
+
+
 def _groups(*tensors: Tensor) -> int:
-    return max((x.shape[2] for x in tensors if x.ndim == 4), default=1)
+    return max([1, *(x.shape[2] for x in tensors if x.ndim == 4)])
 
 
 def _wide(programs: int, padded: int, *tensors: Tensor | None) -> bool:
@@ -957,7 +977,7 @@ def _blocks(dim: int, groups: int) -> int:
 def _chunk(length: int, programs: int, device: torch.device) -> int:
     """Steps of a chunk: all, where there are programs enough to fill the device."""
     processors = 132  # of an H100 or H200
-    if device.type == "cuda" and torch.cuda.is_available():
+    if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
     if programs >= FEW_PROGRAMS * processors:
         return max(length, 1)
@@ -1060,7 +1080,7 @@ def _launch_fwd(
             stride_Bn=strides_B[0], stride_Bd=strides_B[1],
             stride_Cn=strides_C[0], stride_Cd=strides_C[1],
             **_named_states("i", initial_state),
-            SOFTPLUS=delta_softplus, REVERSE=reverse, 
+            SOFTPLUS=delta_softplus, REVERSE=reverse,
             WIDE=_wide(groups * blocks, sizes["NP"], u, delta, z), **sizes,
         )  # fmt: skip
 
@@ -1107,9 +1127,10 @@ def _launch_bwd(
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     wanted = dict(zip(_NEEDS, needs, strict=True))
     if u.numel() == 0:
-        zeros = [None if x is None or not need else torch.zeros_like(x) for x, need in zip(inputs, needs, strict=True)]
+        wanted_inputs = (x if need else None for x, need in zip(inputs, needs, strict=True))
+        zeros = [None if x is None else torch.zeros_like(x) for x in wanted_inputs]
         if zeros[8] is not None and dlast is not None:
-            zeros[8].copy_(dlast)
+            zeros[8].copy_(dlast)  # no step: the last state is the first
         return zeros
     if kept.numel() == 0:  # the forward did not know that a gradient would be wanted
         kept = _launch_fwd(*inputs, flags, delta_softplus, reverse, True)[2]
@@ -1133,7 +1154,7 @@ def _launch_bwd(
         **_named("g", dout), **_named_states("l", dlast), **_named("d", delta), **_named("z", z),
         "stride_an": A.stride(1), "stride_ad": A.stride(0),
         "stride_Cn": strides_C[0], "stride_Cd": strides_C[1],
-        "SOFTPLUS": delta_softplus, "REVERSE": reverse, 
+        "SOFTPLUS": delta_softplus, "REVERSE": reverse,
         "WIDE": _wide(groups * blocks, sizes["NP"], u, dout, delta, z),
     }  # fmt: skip
     border = None
@@ -1171,7 +1192,7 @@ def _launch_bwd(
         du, ddelta, dz, parts, dA, dB, dC, dD, dbias, dinitial,
         **common, **_named("u", u), stride_Bn=strides_B[0], stride_Bd=strides_B[1],
         ALIKE=len({1, *(x.stride(2) for x in (dout, u, delta, z) if x is not None)}) == 1,
-        NEED_B=wanted["B"], NEED_C=wanted["C"], **sizes,
+        NEED_B=wanted["B"], NEED_C=wanted["C"], **sizes, **_registers(wanted["A"]),
     )  # fmt: skip
     if dA is not None:
         dA = dA.sum(0).T.to(A.dtype)
@@ -1244,8 +1265,8 @@ def _scan_bwd(*args: Any) -> list[Tensor]:
         grads = _launch_bwd(dout, dlast, kept, *inputs, needs)
     else:
         with torch.autocast("cpu", enabled=False):
-            grads = scan_cpu.scan_backward(
-                implementation == "native", dout, dlast, *inputs, needs
+            grads = list(
+                scan_cpu.scan_backward(implementation == "native", dout, dlast, *inputs, needs)
             )
     return [x.contiguous() for x in grads if x is not None]
 
@@ -1281,6 +1302,28 @@ def _backward(
 _scan_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _vmap(operator: Any, returns_list: bool) -> Any:
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        """One call for each sample of the mapped axis: gradients of weights are for each."""
+        results = []
+        for i in range(info.batch_size):
+            sample = [
+                x if dim is None else x.select(dim, i)
+                for x, dim in zip(args, in_dims, strict=True)
+            ]
+            results.append(operator(*sample))
+        stacked = [torch.stack(same) for same in zip(*results, strict=True)]
+        if returns_list:
+            return stacked, [0] * len(stacked)
+        return tuple(stacked), (0,) * len(stacked)
+
+    return rule
+
+
+_scan_fwd.register_vmap(_vmap(_scan_fwd, False))
+_scan_bwd.register_vmap(_vmap(_scan_bwd, True))
+
+
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -1300,41 +1343,41 @@ def selective_scan(
     mask: Tensor | None = None,
     implementation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The selective scan in the native layout; see the module for the equation.
+    """The selective scan, channels last; see the module's docstring for the recurrence.
 
-    Gradients flow to every floating input, through the last state too; those that nothing needs are
-    not computed. They are the same bits from run to run.
+    The state is fp32 (fp64 where an input is) whatever the inputs are. Gradients flow to every
+    tensor of floating point, through the last state too, and are computed only for those that need
+    them. On a GPU the forward keeps 1/4 N numbers in fp32 for each (b, d, l) where a gradient is
+    wanted; on the CPU it keeps none.
 
     Args:
-        u, delta: (B, L, D) fp32, fp16 or bf16 (fp64 by "torch" on the CPU), any strides.
-        A: (D, N), N from 1 to 256. Negative for stability; not checked. Complex A is refused.
-        B, C: (B, L, N) or (B, L, G, N), G a divisor of D; or (D, N) where they do not depend on
-            the input.
+        u, delta: (B, L, D) fp32, fp16 or bf16 (fp64 on the CPU), any strides. delta: before bias
+            and softplus.
+        A: (D, N), N from 1 to 256, real. Negative for stability; not checked.
+        B, C: (B, L, N), or (B, L, G, N) for G groups of D / G channels, or (D, N) where they do
+            not depend on the input; each of its own kind.
         D, delta_bias: (D,).
-        z: (B, L, D), gates the output by silu(z).
-        delta_softplus: whether the step size passes through softplus, after the bias.
+        z: (B, L, D), multiplies the output as silu(z).
+        delta_softplus: whether the step size passes through softplus.
         initial_state: (B, D, N); None: zeros.
-        return_last_state: also return the state after the last step visited.
-        reverse: visit L-1 first and 0 last; outputs stay at their places.
-        position_ids: (B, L) or (L,) integers, 0 where a sequence of a packed row begins.
-        seq_idx: (B, L) or (L,) integers, the sequence that a step belongs to (instead of
-            position_ids); the state does not pass from one to another.
-        mask: (B, L) bool, False where there is padding: the state passes, the output is 0.
+        return_last_state: also return the state after the last step.
+        reverse: from position L-1 to 0; the output stays in place, nothing is flipped.
+        position_ids: (B, L) or (L,) integers, 0 where a packed sequence begins: the state is reset.
+        seq_idx: (B, L) or (L,) integers, the number of the packed sequence; instead of the former.
+        mask: (B, L) or (L,), False where there is padding: the state passes, the output is 0.
         implementation: see `kernels.implementations`; None follows the device.
     Returns:
-        (B, L, D) in u's dtype; with `return_last_state` also (B, D, N) fp32 (fp64 for fp64).
+        (B, L, D) in u's dtype, contiguous; with `return_last_state` also (B, D, N) fp32 (fp64).
     Raises:
-        ValueError: shapes or devices disagree (the message names the tensor, expected and got), or
-            an implementation that cannot run there.
-        TypeError: a tensor that is not real floating point.
+        ValueError: shapes or devices disagree, or an implementation that cannot run there.
+        TypeError: a tensor that is not of real floating point.
     """
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
     batch, length, _ = u.shape
     flags = step_flags(
         batch, length, reverse=reverse, position_ids=position_ids, seq_idx=seq_idx, mask=mask
     )
-    tensors = (u, delta, A, B, C)
-    widest = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else u.dtype
+    widest = _precision(u, delta, A, B, C, D, z, delta_bias, initial_state)
     chosen = choose(implementation, u.device, widest, "selective_scan")
     if chosen == "reference":
         return scan_ref(
@@ -1342,12 +1385,11 @@ def selective_scan(
             delta_softplus=delta_softplus, initial_state=initial_state,
             return_last_state=return_last_state, reverse=reverse, flags=flags,
         )  # fmt: skip
-    if B.ndim == 3:
-        B = B[:, :, None]
-    if C.ndim == 3:
-        C = C[:, :, None]
+    B, C = (x[:, :, None] if x.ndim == 3 else x for x in (B, C))
+    groups = _groups(B, C)
+    B, C = (x.expand(-1, -1, groups, -1) if x.ndim == 4 else x for x in (B, C))
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     out, last, _ = _scan_fwd(*inputs, flags, delta_softplus, reverse, keep, chosen)
     return (out, last) if return_last_state else out
 
@@ -1364,21 +1406,25 @@ def selective_scan_fn(
     delta_softplus: bool = False,
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The selective scan with mamba_ssm's signature, layout and meaning: a drop-in.
+    """The selective scan, channels first: mamba_ssm's function of this name, real A.
+
+    No tensor is transposed in memory; the kernels take strides. See `selective_scan`.
 
     Args:
-        u, delta, z: (B, D, L), any strides.
-        A: (D, N), real.
-        B, C: (B, N, L) or (B, G, N, L), or (D, N) where they do not depend on the input.
+        u, delta, z: (B, D, L).
+        A: (D, N).
+        B, C: (B, N, L), or (B, G, N, L) for groups, or (D, N) where they do not depend on the
+            input.
         D, delta_bias: (D,).
         delta_softplus: whether the step size passes through softplus.
-        return_last_state: also return the last state, which is differentiable.
+        return_last_state: also return the state after the last step.
     Returns:
-        (B, D, L) in u's dtype; with `return_last_state` also (B, D, N) fp32.
+        (B, D, L) in u's dtype; with `return_last_state` also (B, D, N) fp32 (fp64).
     Raises:
-        ValueError, TypeError: as `selective_scan`.
+        ValueError: shapes or devices disagree.
+        TypeError: a tensor that is not of real floating point.
     """
-    result = selective_scan(
+    out = selective_scan(
         u.mT,
         delta.mT,
         A,
@@ -1390,9 +1436,9 @@ def selective_scan_fn(
         delta_softplus=delta_softplus,
         return_last_state=return_last_state,
     )
-    if isinstance(result, tuple):
-        return result[0].mT, result[1]
-    return result.mT
+    if isinstance(out, tuple):
+        return out[0].mT, out[1]
+    return out.mT
 
 
 def selective_state_update(
@@ -1408,7 +1454,10 @@ def selective_state_update(
     delta_softplus: bool = False,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step of the scan, for generation; trainable, so `state` is not written to.
+    """One step of the scan, as in generation token by token; it can be trained through.
+
+    mamba_ssm's function of this name overwrites `state` and returns the output alone. This one
+    returns the new state, so that gradients flow through it: `out, state = ...(state, ...)`.
 
     Args:
         state: (B, D, N).
@@ -1417,12 +1466,15 @@ def selective_state_update(
         B, C: (B, N) or (B, G, N).
         D, delta_bias: (D,).
         delta_softplus: whether the step size passes through softplus.
-        implementation: see `kernels.implementations`.
+        implementation: see `kernels.implementations`; None follows the device.
     Returns:
-        (B, D) in u's dtype, and the new state (B, D, N) fp32 (fp64 for fp64).
+        (B, D) in u's dtype, and the new state (B, D, N), fp32 or fp64.
     Raises:
-        ValueError, TypeError: as `selective_scan`.
+        ValueError: shapes or devices disagree, or an implementation that cannot run there.
+        TypeError: a tensor that is not of real floating point.
     """
+    if u.ndim != 2:
+        raise ValueError(f"selective_state_update: u has shape {tuple(u.shape)}, expected (B, D)")
     out = selective_scan(
         u[:, None],
         delta[:, None],
@@ -1442,19 +1494,74 @@ def selective_state_update(
 
 
 def describe(
-    device: str | torch.device = "cpu",
+    device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     implementation: str | None = None,
 ) -> str:
-    """Which implementation of the scan runs on tensors of a device and type, in one line.
+    """Which implementation a call would run, and why, in a line.
 
+    Args:
+        device: of the tensors; None: the first GPU, or the CPU where there is none.
+        dtype: the widest type among the tensors.
+        implementation: as given to the call.
     Raises:
-        ValueError: none can run there.
+        ValueError: no implementation can run there.
     """
-    device = torch.device(device)
-    chosen = choose(implementation, device, dtype, "selective_scan")
-    how = "asked for" if implementation else f"the default on {device.type}"
-    return f"selective_scan: {chosen} ({how}, {str(dtype).removeprefix('torch.')})"
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = choose(implementation, place, dtype, "selective_scan")
+    reasons = {
+        "triton": f"Triton {getattr(triton, '__version__', None)}"
+        + (", in the interpreter: for tests" if triton_interpreted() else ""),
+        "native": "C++, compiled for this machine",
+        "torch": "plain torch",
+        "reference": "step by step, the truth for tests",
+    }
+    reason = reasons[chosen]
+    if chosen == "torch" and implementation is None:
+        if dtype == torch.float64:
+            reason += ", because compiled code has no float64"
+        else:
+            reason += f", because nothing could be compiled: {scan_cpu.native_error()}"
+    how = "asked for" if implementation else "the default there"
+    name = str(dtype).removeprefix("torch.")
+    return f"selective_scan on {place} in {name}: {chosen} ({reason}), {how}"
+
+
+def warmup(
+    state: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | None = None,
+    *,
+    gate: bool = True,
+    delta_softplus: bool = True,
+    gradients: bool = True,
+) -> None:
+    """Compile now what the first call would: a forward, and a backward with all gradients.
+
+    One compilation serves all batches, lengths, widths and strides.
+
+    Args:
+        state: N.
+        dtype: of u, delta and z; the weights are fp32.
+        device: None: the first GPU, or the CPU where there is none.
+        gate: whether there is a z.
+        delta_softplus: as given to the calls.
+        gradients: whether to compile the backward too.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def room(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=of, device=place, requires_grad=gradients)
+
+    u, delta, z = (room(1, 2 * STEPS + 1, LANES, of=dtype) for _ in range(3))
+    B, C = (room(1, 2 * STEPS + 1, state) for _ in range(2))
+    A, D, bias = room(LANES, state), room(LANES), room(LANES)
+    out = selective_scan(
+        u, delta, A, B, C, D, z if gate else None, bias, delta_softplus=delta_softplus
+    )
+    if gradients:
+        assert isinstance(out, Tensor)
+        out.sum().backward()
 
 
 def _check(
@@ -1468,47 +1575,48 @@ def _check(
     delta_bias: Tensor | None,
     initial_state: Tensor | None,
 ) -> None:
-    if A.is_complex() or B.is_complex() or C.is_complex():
-        raise TypeError("selective_scan: A, B and C must be real; complex ones are not supported")
     if u.ndim != 3 or A.ndim != 2:
         raise ValueError(
-            f"selective_scan: u has shape {tuple(u.shape)}, expected three axes, and A "
+            f"selective_scan: u has shape {tuple(u.shape)}, expected (B, L, D), and A "
             f"{tuple(A.shape)}, expected (D, N)"
         )
     batch, length, dim = u.shape
     state = A.shape[1]
     if not 1 <= state <= 256:
-        raise ValueError(f"selective_scan: A has {state} states, expected 1 to 256")
-    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
-        "delta": (delta, (batch, length, dim)),
-        "A": (A, (dim, state)),
-        "D": (D, (dim,)),
-        "z": (z, (batch, length, dim)),
-        "delta_bias": (delta_bias, (dim,)),
-        "initial_state": (initial_state, (batch, dim, state)),
+        raise ValueError(f"selective_scan: A has shape {tuple(A.shape)}, expected 1 <= N <= 256")
+    row = (batch, length, dim)
+    expected: dict[str, tuple[Tensor | None, tuple[tuple[int, ...], ...]]] = {
+        "u": (u, (row,)),
+        "delta": (delta, (row,)),
+        "A": (A, ((dim, state),)),
+        "D": (D, ((dim,),)),
+        "z": (z, (row,)),
+        "delta_bias": (delta_bias, ((dim,),)),
+        "initial_state": (initial_state, ((batch, dim, state),)),
     }
-    for name, tensor in (("B", B), ("C", C)):
-        shape: tuple[int, ...] = (dim, state)
-        if tensor.ndim == 3:
-            shape = (batch, length, state)
-        elif tensor.ndim == 4:
-            groups = tensor.shape[2]
-            shape = (batch, length, groups, state)
-            if groups < 1 or dim % groups:
-                raise ValueError(
-                    f"selective_scan: {name} has {groups} groups, which do not divide {dim} channels"
-                )
-        expected[name] = (tensor, shape)
-    for name, (tensor, shape) in expected.items():
+    for name, x in (("B", B), ("C", C)):
+        groups = x.shape[2] if x.ndim == 4 else 1
+        if groups < 1 or dim % groups:
+            raise ValueError(f"selective_scan: {name} has {groups} groups for {dim} channels")
+        shapes = ((batch, length, state), (dim, state), (batch, length, groups, state))
+        expected[name] = (x, shapes)
+    if B.ndim == C.ndim == 4 and B.shape[2] != C.shape[2] and 1 not in (B.shape[2], C.shape[2]):
+        raise ValueError(
+            f"selective_scan: B has {B.shape[2]} groups, C has {C.shape[2]}, expected as many"
+        )
+    for name, (tensor, allowed) in expected.items():
         if tensor is None:
             continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"selective_scan: {name} has shape {tuple(tensor.shape)}, expected {shape}"
-            )
+        if tuple(tensor.shape) not in allowed:
+            wanted = " or ".join(str(shape) for shape in allowed)
+            got = tuple(tensor.shape)
+            raise ValueError(f"selective_scan: {name} has shape {got}, expected {wanted}")
         if tensor.device != u.device:
             raise ValueError(f"selective_scan: {name} is on {tensor.device}, u on {u.device}")
+        if tensor.is_complex():
+            raise TypeError(
+                f"selective_scan: {name} is {tensor.dtype}; complex states are not supported, "
+                "the scan of Mamba-1 is real"
+            )
         if not tensor.is_floating_point():
             raise TypeError(f"selective_scan: {name} is {tensor.dtype}, expected floating point")
-    if not u.is_floating_point():
-        raise TypeError(f"selective_scan: u is {u.dtype}, expected floating point")

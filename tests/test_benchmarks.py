@@ -148,19 +148,20 @@ def scan_inputs(length: int = 13) -> dict[str, torch.Tensor]:
     return {name: value.double().requires_grad_() for name, value in given.items()}
 
 
-@pytest.mark.parametrize("name", ["scan_by_steps", "scan_by_slices"])
+@pytest.mark.parametrize("name", ["scan_by_steps", "scan_by_slices", "scan_compiled"])
 def test_loops_are_the_scan_with_all_gradients(name):
     given = scan_inputs()
-    first = name == "scan_by_slices"
     function = getattr(peers, name)
-    if first:  # it computes in fp32: mamba_ssm's does
 
-        def call(*tensors):
-            turned = [t.float().transpose(1, 2) if t.ndim == 3 else t.float() for t in tensors]
-            return function(*turned).transpose(1, 2)
+    def by_slices(*tensors):
+        turned = [t.float().transpose(1, 2) if t.ndim == 3 else t.float() for t in tensors]
+        return function(*turned).transpose(1, 2)
 
-    else:
-        call = function
+    def compiled(*tensors):
+        with torch.compiler.set_stance("force_eager"):  # the arithmetic, not the compiler
+            return function(*(t.float() for t in tensors))
+
+    call = {"scan_by_slices": by_slices, "scan_compiled": compiled}.get(name, function)
     expected = scan_ref(*given.values(), delta_softplus=True)
     found = call(*given.values())
     assert isinstance(expected, torch.Tensor)
@@ -174,7 +175,7 @@ def test_loops_are_the_scan_with_all_gradients(name):
     ):
         pairs[f"d{key}"] = (a, b)
     for key, (a, b) in pairs.items():
-        tolerance = 1e-4 if first else 1e-11
+        tolerance = 1e-11 if name == "scan_by_steps" else 1e-4  # the others compute in fp32
         torch.testing.assert_close(
             a.double(), b, rtol=tolerance, atol=tolerance, msg=lambda m, key=key: f"{key}: {m}"
         )

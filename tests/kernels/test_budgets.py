@@ -27,7 +27,6 @@ SHARED = {
     "sm_80": 163 * 1024,
     "sm_90": 227 * 1024,
     "sm_100": 227 * 1024,
-    "sm_120": 99 * 1024,
     "gfx942": 64 * 1024,
 }
 # Instructions per (b,d,l,n) on sm_90: what was reached, rounded up.
