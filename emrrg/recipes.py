@@ -57,7 +57,9 @@ def suggest(given: Mapping[str, Any]) -> dict[str, Any]:
     values.setdefault("dataset", "phantoms")
     values["regime"] = "peft" if trained or recipe == "phantoms" else "full"
     values["preset"] = None if "init" in given or "vision_checkpoint" in given else "tiny"
-    if "hybrid_layers" not in given:
+    if "hybrid_layers" in given:
+        values.pop("hybrid_every", None)
+    else:
         values["hybrid_every"] = 8 if "llm" in given else values.get("hybrid_every", 2)
     return values
 

@@ -63,7 +63,7 @@ def _taps(
 
 
 # fmt: off
-@jit
+@jit(do_not_specialize=["batch", "L"])
 def _causal_conv1d_fwd_kernel(
     x_ptr,
     weight_ptr,  # (K, W, D) contiguous
@@ -96,7 +96,7 @@ def _causal_conv1d_fwd_kernel(
 
 
 # fmt: off
-@jit
+@jit(do_not_specialize=["L"])
 def _causal_conv1d_bwd_kernel(
     dout_ptr, x_ptr,
     weight_ptr,  # (K, W, D) contiguous

@@ -47,7 +47,7 @@ from kernels.triton_math import jit, silu, silu_slope, softplus, softplus_slope,
 
 STEPS = 64  # between the states that the backward keeps
 MANY_PROGRAMS = 1024  # two warps on each of the schedulers of a large GPU
-SCATTER = hasattr(tl, "gather")  # not in Triton 3.2
+SCATTER = hasattr(tl, "gather")  # Triton 3.3 has it
 
 
 @jit
@@ -86,10 +86,23 @@ def _advance(h, a, u, d, B_at, C_at, mask_n, WHOLE_N: tl.constexpr):
     return h, tl.sum(h * c[:, None], 0)
 
 
+if SCATTER:
+
+    @jit
+    def _exchange(x, lane):
+        """x (rows, LANES) of other lanes."""
+        return tl.gather(x, tl.broadcast_to(lane[None, :], x.shape), 1)
+
+else:  # the compiler looks at names in branches that it does not take
+
+    @jit
+    def _exchange(x, lane):
+        return x
+
+
 @jit
 def _halve(x, lane, BIT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
     """(2 ROWS, LANES) to (ROWS, LANES): lanes that differ by BIT add up a half each, or the row."""
-    other = (lane ^ BIT)[None, :]
     if ROWS == 0:
         kept, given = x, x
     else:
@@ -97,8 +110,7 @@ def _halve(x, lane, BIT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
         low, high = tl.split(tl.permute(tl.reshape(x, [2, ROWS, LANES]), 1, 2, 0))
         kept = tl.where(upper, high, low)
         given = tl.where(upper, low, high)
-        other = tl.broadcast_to(other, [ROWS, LANES])
-    return kept + tl.gather(given, other, 1)
+    return kept + _exchange(given, lane ^ BIT)
 
 
 @jit
@@ -153,7 +165,7 @@ def _gate_rows(
 
 
 # fmt: off
-@jit
+@jit(do_not_specialize=["batch", "L"])
 def _cross_scan_fwd_kernel(
     u_ptr, delta_ptr,
     A_ptr,  # (K, blocks, BLOCK_N, BLOCK_D), log2(e) A in tiles
@@ -283,7 +295,7 @@ def _cross_scan_fwd_kernel(
 
 
 # fmt: off
-@jit
+@jit(do_not_specialize=["L"])
 def _cross_scan_gate_kernel(
     total_ptr,  # (K, B, L, D) contiguous
     z_ptr, dout_ptr,
@@ -310,7 +322,7 @@ def _cross_scan_gate_kernel(
 
 
 # fmt: off
-@jit
+@jit(do_not_specialize=["batch", "L"])
 def _cross_scan_bwd_kernel(
     dout_ptr, u_ptr, delta_ptr,
     A_ptr,  # (K, blocks, BLOCK_N, BLOCK_D), log2(e) A in tiles

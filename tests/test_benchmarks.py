@@ -395,7 +395,7 @@ def test_peak_memory_is_what_the_call_takes():
     arguments = {"contender": "any", "mebibytes": 64}
     found = memory.peak(allocate, arguments, warm=True)
     assert found["held"] == 32 * 2**20
-    assert 96 <= found["peak"] / 2**20 <= 100
+    assert 95.5 <= found["peak"] / 2**20 <= 100  # a few of its pages may be resident before
     assert 128 <= found["total"] / 2**20 <= 160
 
 

@@ -803,7 +803,7 @@ def test_real_studies(tmp_path: Path) -> None:
     said = call("train", *data, *flags, "--output", run)
     assert "17 train, 4 val, 3 test studies (iu_xray)" in said
     said = call("evaluate", run, "--split", "val", "--bootstrap", 10)
-    assert "4 studies" in said
+    assert "4 pairs" in said
     study = next(r for r in records["test"] if len(r["image_path"]) > 1)
     said = call("generate", run, *(image / name for name in study["image_path"]), "--json")
     assert json.loads(said)["report"] is not None

@@ -125,6 +125,7 @@ def test_finding_loops() -> None:
         start  MOV  -      falls
         outer  LDG  -      falls
         inner  FFMA -      falls
+        jump   BRA  skip   falls
         again  MUFU.EX2 -  falls
         skip   BRA  cold   falls
         back   BRA  inner  falls
@@ -142,8 +143,10 @@ def test_finding_loops() -> None:
     assert outer.own == Counter(LDG=1, BRA=2, STG=1), "continue and the end are one loop"
     assert (inner.depth, inner.innermost) == (1, True)
     # What stands behind the end and comes back belongs to the loop that it comes back to.
-    assert inner.own == Counter({"FFMA": 1, "MUFU.EX2": 1, "BRA": 3, "SHFL": 1})
-    assert inner.count("MUFU", "SHFL") == 2 and inner.instructions == 6
+    assert inner.own == Counter({"FFMA": 1, "MUFU.EX2": 1, "BRA": 4, "SHFL": 1})
+    assert inner.sometimes == Counter({"MUFU.EX2": 1, "BRA": 1, "SHFL": 1})
+    assert outer.sometimes == Counter(STG=1, BRA=1), "what a continue leaves out"
+    assert inner.count("MUFU", "SHFL") == 2 and inner.instructions == 7
     assert budgets.Figures("sm_90", 1, 0, 0, 13, [outer, inner]).hot is inner
     with pytest.raises(ValueError, match="no loop"):
         _ = budgets.Figures("sm_90", 1, 0, 0, 13, []).hot
