@@ -45,9 +45,10 @@ def memory_bytes() -> int:
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters."""
+    """(trainable, all) parameters, those held in int8 included."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trainable, sum(p.numel() for p in model.parameters())
+    held = sum(b.numel() for b in model.buffers() if b.dtype == torch.int8)
+    return trainable, sum(p.numel() for p in model.parameters()) + held
 
 
 def available_memory(device: torch.device) -> int | None:

@@ -181,7 +181,7 @@ def train_phantoms(
             folder.mkdir(exist_ok=True)
             write_json(folder / "config.json", to_dict(source))
         world.wait()
-        if not train(source, folder, device, world, stopped):
+        if not train(source, folder, device, world, stopped, brief=True):
             return False
     log.info("\n(b) %s: adapt it to target phantoms (%s)", run, config.regime)
     adapt = dataclasses.replace(
@@ -191,7 +191,13 @@ def train_phantoms(
 
 
 def train(
-    config: TrainConfig, run: Path, device: torch.device, world: World, stopped: Stopped
+    config: TrainConfig,
+    run: Path,
+    device: torch.device,
+    world: World,
+    stopped: Stopped,
+    *,
+    brief: bool = False,
 ) -> bool:
     """Train one model from its first step, or its last checkpoint, to the final scores.
 
@@ -201,6 +207,7 @@ def train(
         device: of this process.
         world: the processes of the run.
         stopped: whether a signal came.
+        brief: score the result without METEOR, intervals and baselines: it is but a stage.
     Returns:
         False if a signal stopped the run (its state is saved), True when it is done.
     Raises:
@@ -260,7 +267,7 @@ def train(
                 save(run, session, progress, best=best)
                 draw_curves(run, progress)
 
-    finish(run, session, before, started, stopped)
+    finish(run, session, before, started, stopped, brief)
     return True
 
 
@@ -271,11 +278,13 @@ def summarise(session: Session, total_steps: int) -> None:
     log.info("device: %s", describe_device(session.device))
     if session.world.size > 1:
         log.info("processes: %d", session.world.size)
-    start = config.init or config.vision_checkpoint or "random weights"
+    start, llm = (
+        config.init or given or "random weights" for given in (config.vision_checkpoint, config.llm)
+    )
     log.info(
-        "model: encoder %s, language model %s parameters, from %s",
-        f"{encoder_size(model):,}",
-        f"{sum(p.numel() for p in model.llama_model.parameters()):,}", start,
+        "model: encoder of %s parameters from %s, language model of %s from %s, hybrid layers %s",
+        f"{encoder_size(model):,}", start, f"{parameter_counts(model.llama_model)[1]:,}", llm,
+        ", ".join(map(str, model.llama_model.config.hybrid_layers)) or "none",
     )  # fmt: skip
     adapters = [*model.config.lora_targets, *model.config.peft]
     log.info(
@@ -334,7 +343,12 @@ def scored_before(run: Path, session: Session, stopped: Stopped) -> dict[str, An
 
 
 def finish(
-    run: Path, session: Session, before: dict[str, Any] | None, started: float, stopped: Stopped
+    run: Path,
+    session: Session,
+    before: dict[str, Any] | None,
+    started: float,
+    stopped: Stopped,
+    brief: bool,
 ) -> None:
     """Score the best weights on the test studies and write the results."""
     config, studies = session.config, session.studies
@@ -344,8 +358,9 @@ def finish(
         studies["test"],
         config,
         session.device,
-        train_reports=studies["train"].reports(),
-        bootstrap=INTERVALS,
+        train_reports=None if brief else studies["train"].reports(),
+        meteor=not brief,
+        bootstrap=0 if brief else INTERVALS,
         label="testing",
         world=session.world,
         stopped=stopped,
@@ -380,7 +395,8 @@ def finish(
     if before:
         log.info("test before: %s", format_scores(before))
     log.info("test%s: %s", " after" if before else "", format_scores(result.scores))
-    log.info("constant report: %s", format_scores(result.scores["baselines"]["constant"]))
+    if not brief:
+        log.info("constant report: %s", format_scores(result.scores["baselines"]["constant"]))
     log.info(
         "trained %s of %s parameters (%.2f %%) in %s, %.0f %% of it outside the network; results "
         "in %s",

@@ -494,18 +494,18 @@ def _lora_backward(dtype: torch.dtype) -> None:
     lora_linear._backward(t["dy"], t["x"], t["weight"], *rest, needs, "triton", False)
 
 
-def _cross_tensors() -> tuple[Any, ...]:
-    u = _activation(ORDERS, BATCH, LENGTH, DIM)
-    b = _empty(ORDERS, BATCH, LENGTH, STATE)
+def _cross_tensors(batch: int = BATCH) -> tuple[Any, ...]:
+    u = _activation(ORDERS, batch, LENGTH, DIM)
+    b = _empty(ORDERS, batch, LENGTH, STATE)
     skip = _empty(ORDERS, DIM)
     orders = _empty(ORDERS, LENGTH, dtype=torch.int64)
     return u, u, _empty(ORDERS, DIM, STATE), b, b, skip, _activation(*u.shape[1:]), skip, orders
 
 
-def _cross_forward() -> None:
+def _cross_forward(batch: int = BATCH) -> None:
     from kernels import cross_scan
 
-    cross_scan._launch_fwd(*_cross_tensors())
+    cross_scan._launch_fwd(*_cross_tensors(batch))
 
 
 def _cross_backward(needs: str) -> None:
@@ -611,6 +611,7 @@ CASES = (
     Case(
         "_cross_scan_bwd_kernel", "every gradient", lambda: _cross_backward(EVERY), ((1, 3), (1, 3))
     ),
+    Case("_cross_scan_gate_kernel", "forward, one image", lambda: _cross_forward(1)),
     Case("_causal_conv1d_fwd_kernel", "forward", _conv_forward),
     Case("_causal_conv1d_bwd_kernel", "base frozen", lambda: _conv_backward([True, False, False])),
     Case("_causal_conv1d_bwd_kernel", "every gradient", lambda: _conv_backward([True, True, True])),

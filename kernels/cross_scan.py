@@ -549,8 +549,8 @@ def _parallel(count: int, programs: int) -> bool:
 def _registers(count: int) -> dict[str, int]:
     """How many registers a thread may take, as an option of a launch.
 
-    By itself the compiler takes 80 for the forward, and then waits for each load; 168 leave three
-    warps on a scheduler. AMD's compiler has no such option.
+    By itself the compiler takes 80 for the forward, and then waits for each load; up to 168 leave
+    room for three warps on a scheduler. AMD's compiler has no such option.
     """
     return {} if torch.version.hip else {"maxnreg": count}
 
@@ -584,7 +584,7 @@ def _launch_fwd(
         u, delta, _tiles(A, sizes["BLOCK_N"], sizes["BLOCK_D"]), B, C, D.contiguous(), z,
         delta_bias.contiguous(), orders.contiguous(), total, out, batch, length, dim,
         *u.stride(), *delta.stride(), *B.stride()[:3], *C.stride()[:3], *z.stride(),
-        K=count, N=state, PARALLEL=parallel, NVIDIA=nvidia(), **sizes, **_registers(168),
+        K=count, N=state, PARALLEL=parallel, NVIDIA=nvidia(), **sizes, **_registers(160),
     )  # fmt: skip
     if parallel:
         _launch_gate(total, z, None, out)

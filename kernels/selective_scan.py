@@ -12,21 +12,22 @@ last step to the first, with dy_t = dout_t silu(z_t), a_t = exp(d_t A) and g the
     du_t = d_t <B_t, g_t> + D dy_t;             dd_t = u_t <B_t, g_t> + <A, q_t>
     dz_t = dout_t y_t silu'(z_t)
 
-Layout of the kernels. A program has 32 channels of one sequence, one warp, one channel a thread, and
-a thread holds all N states of its channel: a sum over states never leaves the thread, and the loop
-over steps has no barrier. More than 16 states are split over warps. B and C come packed in fp32, one
-row of 2 N numbers a step, read as vectors; 8.6 instructions for each (b, d, l, n) on sm_90.
+Layout of the kernels. A program has 32 channels of one sequence, one warp, one channel a thread,
+and a thread holds all N states of its channel: a sum over states never leaves the thread, and the
+loop over steps has no barrier. More than 16 states are split over warps. B and C come packed in
+fp32, one row of 2 N numbers a step, read as vectors; 8.6 instructions for each (b, d, l, n) on
+sm_90.
 
 The forward keeps h every `STEPS` steps for the backward: N bytes for each (b, d, l), only where a
-gradient is wanted. The backward goes through pairs of steps, computes the states of a pair again and
-holds them in registers, so each exponential is taken about one and a half times. dB and dC are sums
-over channels: threads fold them over the lanes of a warp (a reduce-scatter, 16 shuffles for 16
-states where `tl.sum` takes 80), each program writes its part and a second kernel adds the parts in a
-fixed order. No atomics: gradients are equal from run to run, bit by bit.
+gradient is wanted. The backward goes through pairs of steps, computes the states of a pair again
+and holds them in registers, so each exponential is taken about one and a half times. dB and dC are
+sums over channels: threads fold them over the lanes of a warp (a reduce-scatter, 16 shuffles for 16
+states where `tl.sum` takes 80), each program writes its part and a second kernel adds the parts in
+a fixed order. No atomics: gradients are equal from run to run, bit by bit.
 
-A few long sequences would leave a GPU idle. They are cut into chunks in two passes: first each chunk
-from a state of zero, which gives its last state and the factor that the first one takes, then, with
-the states at all borders known, the scan of every chunk.
+A few long sequences would leave a GPU idle. They are cut into chunks in two passes: first each
+chunk from a state of zero, which gives its last state and the factor that the first one takes,
+then, with the states at all borders known, the scan of every chunk.
 
 Names: B batch, L length, D channels, N states, G groups of channels that share B and C. A step is a
 step of the scan: with `reverse` step 0 is the last position.
@@ -974,11 +975,15 @@ def _blocks(dim: int, groups: int) -> int:
     return -(-dim // groups // LANES)
 
 
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132  # of an H100 or H200
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _chunk(length: int, programs: int, device: torch.device) -> int:
     """Steps of a chunk: all, where there are programs enough to fill the device."""
-    processors = 132  # of an H100 or H200
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    processors = _processors(device)
     if programs >= FEW_PROGRAMS * processors:
         return max(length, 1)
     # The chunks then fill it four times as well: a scheduler hides the latencies of four warps.

@@ -19,6 +19,7 @@ from benchmarks import (
     bench_finetune,
     bench_lora_linear,
     bench_selective_scan,
+    conftest,
     encoders,
     machine,
     measure,
@@ -491,10 +492,23 @@ def test_save_and_compare_from_the_command_line(tmp_path):
     second = benchmarks_run("--compare", str(file))
     assert second.returncode == 1, second.stdout
     assert "emrrg takes" in second.stdout
-    kept["machine"]["device"] = "another"
-    results.write(file, kept)
-    third = benchmarks_run("--compare", str(file))
-    assert third.returncode == 4 and "two machines are not compared" in third.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"--compare": "other.json"}, "--compare: .* two machines are not compared"),
+        ({"--save": "other.json"}, "--save: .* two machines are not compared"),
+        ({"--compare": "none.json"}, "--compare: .*none.json: cannot be read"),
+        ({"--save": "", "--size": "smoke"}, "--save: a smoke run measures nothing"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_at_once(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results.write(tmp_path / "other.json", stored())
+    config = SimpleNamespace(stash={}, getoption=lambda name: options.get(name))
+    with pytest.raises(pytest.UsageError, match=message):
+        conftest.pytest_configure(config)
 
 
 # The page.

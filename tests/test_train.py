@@ -126,7 +126,8 @@ def test_the_default_run_in_small(
     base, before = load_file(run / "base" / "weights.safetensors"), weights(source, "best")
     assert_same_bits(base, {name: before[name] for name in base})
     for text in (
-        "CPU with", "kernels: ", "trains: ", "adapters X", "12 train, 3 val, 4 test studies",
+        "CPU with", "kernels: ", "from random weights, language model of", "hybrid layers ",
+        f"parameters from {source}", "trains: ", "adapters X", "12 train, 3 val, 4 test studies",
         "an epoch of 6 steps takes about", "ETA", "studies/s", "tokens/s", "GiB", "lr ",
         "before adaptation", "constant report", "outside the network",
         f"python -m emrrg.evaluate {run}",
@@ -402,6 +403,8 @@ def test_released_weights(
     assert_same_bits(base, state)
     model = emrrg.load(run)
     assert model.llama_model.config.hybrid_layers == (0, 2)
+    total = read_json(run / "scores.json")["parameters"]["total"]
+    assert total == sum(t.numel() for n, t in state_of(model).items() if "weight_scale" not in n)
     kind = model.llama_model.model.layers[0].mlp.up_proj.weight.dtype
     assert kind == (torch.int8 if int8 else torch.float32)
     # A run on top of it, with the language model adapted, no longer needs the folder.

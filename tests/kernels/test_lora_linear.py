@@ -202,7 +202,7 @@ def test_many_tokens_sum_by_chunks(implementation: str) -> None:
 
 
 def test_addresses_beyond_2_to_the_31(implementation: str) -> None:
-    """x and W with rows, then with columns, far apart in memory; what lies between is not touched."""
+    """x and W with rows, then columns, far apart in memory; what lies between is not touched."""
     device = DEVICE[implementation]
     leaves, slices = layer(RANGES["Z"], device=device, shape=(80,), dtype=torch.bfloat16)
     torch.use_deterministic_algorithms(False)  # it would fill the memory
