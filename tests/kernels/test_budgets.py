@@ -39,20 +39,19 @@ FORWARD = (
 # Instructions per (b,d,l,n) on sm_90: what was reached, rounded up.
 REACHED: dict[tuple[str, str], float] = {
     (f"{SCAN}._forward_kernel", "gate, softplus, skip"): 8.46,
-    (f"{SCAN}._forward_kernel", "the same, for training"): 9.34,
-    (f"{SCAN}._forward_kernel", "packed or padded sequences"): 9.09,
-    (f"{SCAN}._forward_kernel", "a long sequence's chunks, first pass"): 6.06,
+    (f"{SCAN}._forward_kernel", "the same, for training"): 9.33,
+    (f"{SCAN}._forward_kernel", "packed or padded sequences"): 9.08,
+    (f"{SCAN}._forward_kernel", "a long sequence's chunks, first pass"): 6.05,
     (f"{SCAN}._backward_kernel", "base frozen"): 30.63,
-    (f"{SCAN}._backward_kernel", "every gradient"): 29.03,
-    (f"{SCAN}._backward_border_kernel", "a long sequence's chunks, first pass"): 7.56,
-    (f"{CROSS}._cross_scan_fwd_kernel", "forward"): 8.15,
+    (f"{SCAN}._backward_kernel", "every gradient"): 29.02,
+    (f"{SCAN}._backward_border_kernel", "a long sequence's chunks, first pass"): 7.55,
+    (f"{CROSS}._cross_scan_fwd_kernel", "forward"): 8.71,
     (f"{CROSS}._cross_scan_bwd_kernel", "base frozen"): 29.85,
     (f"{CROSS}._cross_scan_bwd_kernel", "every gradient"): 33.35,
 }
-# Bytes that the pinned Triton spills on sm_100: two registers of a thread. Nothing else may.
-SPILLS = {
+# Bytes that the pinned Triton spills, two registers of a thread. Nothing else may.
+SPILLS: dict[tuple[str, str, str], int] = {
     (f"{SCAN}._backward_kernel", "base frozen", "sm_100"): 8,
-    (f"{CROSS}._cross_scan_fwd_kernel", "forward", "sm_100"): 8,
 }
 
 Rows = dict[tuple[str, str, str], dict[str, Any]]
@@ -77,7 +76,7 @@ def test_every_kernel_compiles_for_every_target(rows: Rows) -> None:
         f"{name}.{kernel}"
         for name in MODULES
         for kernel, value in vars(importlib.import_module(f"kernels.{name}")).items()
-        if kernel.endswith("_kernel") and value.__module__ == f"kernels.{name}"
+        if kernel.endswith("_kernel") and value.fn.__module__ == f"kernels.{name}"
     }
     assert {kernel for kernel, _, _ in rows} == kernels, "a kernel has no case"
     assert len(rows) == len(budgets.CASES) * len(budgets.TARGETS)
@@ -247,6 +246,3 @@ def run_without_interpreter(script: Path, folder: Path) -> subprocess.CompletedP
     return subprocess.run(
         [sys.executable, str(script)], env=environment, capture_output=True, text=True
     )
-
-
-FORWARD = [("selective_scan._scan_fwd_kernel", "forward")]

@@ -205,6 +205,26 @@ def test_any_strides(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", [*CPU, "triton"])
+def test_rows_further_apart_than_32_bits_count(
+    implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tokens 2^31 elements apart, in memory that is reserved and never touched between them."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    inputs, orders = make(1, 1, 2, 3, 2, dtype=torch.bfloat16)
+    dout = torch.randn(1, 1, 2, 3).to(torch.bfloat16)
+    expected = run(causal_conv1d, inputs, orders, dout, implementation=implementation)
+    x = inputs[0]
+    assert x is not None
+    far = torch.empty(2**31 + 64, dtype=x.dtype).as_strided(x.shape, (0, 2**31, 1)).copy_(x)
+    far_dout = torch.empty(2**31 + 64, dtype=x.dtype).as_strided(dout.shape, (0, 0, 2**31, 1))
+    far_dout.copy_(dout)
+    arguments: Inputs = [far, *inputs[1:]]
+    actual = run(causal_conv1d, arguments, orders, far_dout, implementation=implementation)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+@pytest.mark.parametrize("implementation", [*CPU, "triton"])
 def test_an_empty_batch(implementation: str) -> None:
     inputs, orders = make(2, 0, 5, 8, 4)
     dout = torch.randn(2, 0, 5, 8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -81,12 +80,7 @@ def test_hugging_faces_kernels_in_both_orders(
     order: tuple[str, str], wheels: dict[str, Path], tmp_path: Path
 ) -> None:
     """Both work however they were installed, and removing one leaves the other whole."""
-    names = {
-        "theirs": "kernels",
-        "ours": importlib.metadata.PathDistribution.at(ROOT).metadata["Name"]
-        if (ROOT / "METADATA").exists()
-        else "emrrg",
-    }
+    names = {"theirs": "kernels", "ours": "emrrg"}
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())

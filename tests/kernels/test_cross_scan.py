@@ -213,6 +213,28 @@ def test_any_strides(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", [*CPU, "triton"])
+def test_rows_further_apart_than_32_bits_count(
+    implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps 2^31 elements apart, in memory that is reserved and never touched between them."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    inputs, orders = make(1, 1, 2, 3, 2, dtype=torch.bfloat16)
+    dout = torch.randn(1, 2, 3).to(torch.bfloat16)
+    expected = run(cross_scan, inputs, orders, dout, implementation=implementation)
+    far = []
+    for x in (*inputs, dout):
+        if x.dim() > 2 and x.shape[-2:] == (2, 3):
+            room = torch.empty(2**31 + 64, dtype=x.dtype)
+            spread = room.as_strided(x.shape, (*[0] * (x.dim() - 2), 2**31, 1))
+            far.append(spread.copy_(x))
+        else:
+            far.append(x)
+    actual = run(cross_scan, far[:-1], orders, far[-1], implementation=implementation)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+@pytest.mark.parametrize("implementation", [*CPU, "triton"])
 def test_an_empty_batch(implementation: str) -> None:
     inputs, orders = make(2, 0, 5, 8, 4)
     actual = run(cross_scan, inputs, orders, torch.randn(0, 5, 8), implementation=implementation)

@@ -1,4 +1,4 @@
-"""Which implementation runs: by rule, as asked for, or refused in a line; with and without Triton."""
+"""Which implementation runs: by rule, as asked for, or refused in a line; also without Triton."""
 
 from __future__ import annotations
 
