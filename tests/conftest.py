@@ -172,7 +172,7 @@ def launch() -> Iterator[Callable[..., subprocess.Popen[str]]]:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment},
         )
         started.append(process)
         return process
