@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any, cast
 
@@ -272,14 +273,10 @@ def cases(size: str) -> list[tuple[Case, Contender]]:
 
 
 def facts(mode: str, shape: tuple[int, int, int], dtype: str) -> dict[str, float]:
-    """Counted bytes, exponentials and instructions."""
-    batch, dim, length = shape
-    counts = Scan(batch, dim, length, STATES, size=4 if dtype == "float32" else 2).mode(mode)
-    return {
-        "bytes": counts.bytes,
-        "exps": counts.exps,
-        "instructions": counts.instructions,
-    }
+    """The scan's sizes, and counted bytes and exponentials."""
+    scan = Scan(*shape, STATES, size=4 if dtype == "float32" else 2)
+    counts = scan.mode(mode)
+    return {**asdict(scan), "bytes": counts.bytes, "exps": counts.exps}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -103,7 +103,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             "commit": machine.commit(),
             "size": config.getoption("--size"),
             "versions": machine.versions(),
-            "rates": machine.rates(small=config.getoption("--size") == "smoke"),
+            "rates": machine.rates(config.getoption("--size") == "smoke"),
         }
         results.write(path, results.merged(stored, machine.describe(), run, records))
         config.stash[SAVED] = path

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import machine, memory
+from benchmarks import machine, memory, roofline
 from benchmarks.results import Record
 from benchmarks.work import Case, Contender, Work, errors
 
@@ -117,8 +117,11 @@ class Measure:
         if record["median"]:
             if case.items:
                 info[f"{case.items[1]}_per_second"] = case.items[0] / record["median"]
-            if case.facts.get("floor"):
-                info["share_of_floor"] = case.facts["floor"] / record["median"]
+            if "bytes" in case.facts:
+                rates = machine.rates(self._size == "smoke")
+                card = roofline.measured_card(machine.device_name(), rates)
+                floor = roofline.floor(roofline.counted(case.facts), card)
+                info["share_of_floor"] = floor / record["median"]
         self._benchmark.extra_info.update(info)
 
     def _skip(self, record: Record, reason: str) -> None:

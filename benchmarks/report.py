@@ -23,6 +23,7 @@ PAGE = Path("docs/benchmarks.md")
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 NOT_MEASURED = "not measured"
 PAPER_SCANS = ((64, 768, 197), (32, 1024, 577), (8, 2048, 4096), (1, 2048, 65536))
+SCAN_FIELDS = ("batch", "dim", "length", "state", "size", "gated")
 PAPER_IMAGES = (("base", 768, 12), ("large", 1024, 24))
 
 INTRO = """\
@@ -54,6 +55,35 @@ SUITES = {
     "lora_linear": "LoRA-fused linear layer",
     "generation": "Writing reports",
     "data": "Images, labels and scores",
+}
+
+NOTES = {
+    "finetune": """\
+The step of `emrrg.train`: normalise, forward, backward, clip, AdamW. `peft`: LoRA on X, rank 16,
+projector, hybrid layers; `encoder`: the encoder in place of the adapters; `full`: everything;
+`linear-probe`: the projector, on features that are computed once. Weights, gradients and AdamW's
+state are the bytes of their tensors; activations are what autograd keeps for the backward pass,
+counted tensor by tensor; the peak of a step is measured. The parts do not add up to it: gradients
+grow while activations go. Weights are random.""",
+    "selective_scan": """\
+`mamba_ssm reference` is that package's plain-torch function or, where it is not installed, one of
+the same complexity (all factors at once, a slice of them each step). `torch.compile` compiles a
+chunk of a plain-torch scan. In `both-frozen` A, D and delta's bias need no gradient, as under LoRA.
+Groups are mode-BxDxL; N = 16.""",
+    "mixer": """\
+The flipping mixer copies X and Z for each order, gates each order's output and puts it back, as the
+released code does, on the same weights. The ViT's part is attention alone.""",
+    "encoder": """\
+`training` computes every parameter's gradient. The ViT has as many parameters.""",
+    "lora_linear": """\
+A frozen layer, rank 16, `half` of its rows or `all` updated; tokens x inputs x outputs. PEFT
+updates all rows in either case. `no LoRA` is the layer alone.""",
+    "generation": """\
+A prefix of 230 tokens; groups are beams-reports x new tokens-layers x width-vocabulary. The tokens
+are the same in float64 and for both.""",
+    "data": """\
+Files of 2048 x 2496 pixels, synthetic, to 224 x 224. An epoch has two reading processes. METEOR, a
+Java program, is left out of the scores.""",
 }
 
 
@@ -121,8 +151,13 @@ def with_table(text: str, table: str) -> str:
 # What the suites were asked to show.
 
 CLAIMS = (
-    ("scan forward + backward at (8, 768, 197, 16) on the CPU, against mamba_ssm's reference", 200),
+    (
+        "plain-torch scan, forward + backward at (8, 768, 197, 16) fp32 on the CPU, "
+        "against mamba_ssm's reference",
+        200,
+    ),
     ("the same against mambapy", 15),
+    ("C++ scan against plain torch, the same", 2.5),
     ("reports at 5 beams against transformers' generate, least of all settings", 2),
     ("training step, peft against full fine-tuning: studies a second, least of all batches", 1),
     ("the same, peft against training the encoder", 1),
@@ -136,12 +171,13 @@ def claims(stored: Mapping[str, Any]) -> list[float | None]:
     tables = groups(stored["records"])
     on_cpu = stored["machine"]["kind"] == "cpu"
     scan = tables.get(("selective_scan", "both-8x768x197-float32"), {}) if on_cpu else {}
-    ours = best(scan)
+    torch, native = scan.get("torch"), scan.get("native")
     beams = [t for (s, g), t in tables.items() if s == "generation" and g.startswith("beams5-")]
     steps = [t for (s, _), t in tables.items() if s == "finetune"]
     return [
-        quotient(scan.get("mamba_ssm reference"), ours),
-        quotient(scan.get("mambapy"), ours),
+        quotient(scan.get("mamba_ssm reference"), torch),
+        quotient(scan.get("mambapy"), torch),
+        quotient(torch, native),
         least(quotient(t.get("transformers"), t.get("emrrg")) for t in beams),
         least(quotient(t.get("full"), t.get("peft")) for t in steps),
         least(quotient(t.get("encoder"), t.get("peft")) for t in steps),
@@ -255,7 +291,7 @@ def device_section(stored: Mapping[str, Any]) -> list[str]:
     tables = groups(stored["records"])
     for suite, title in SUITES.items():
         mine = {group: table for (s, group), table in tables.items() if s == suite}
-        parts.append(f"### {title}")
+        parts += [f"### {title}", NOTES[suite]]
         if not mine:
             parts.append(f"{NOT_MEASURED.capitalize()}.")
             continue
@@ -294,13 +330,10 @@ def runs_line(stored: Mapping[str, Any]) -> str:
 def suite_table(tables: Mapping[str, Mapping[str, Record]], stored: Mapping[str, Any]) -> str:
     """A row a contender and group: time, spread, against the first of ours, memory, error."""
     items = next((r["items"][1] for t in tables.values() for r in t.values() if r["items"]), None)
-    floors = (
-        stored["machine"]["kind"],
-        any(r["facts"].get("exps") for t in tables.values() for r in t.values()),
-    )
+    floors = any("bytes" in r["facts"] for t in tables.values() for r in t.values())
     head = ["group", "who", "median", "quartiles", "x ours"]
     head += [f"{items} a second"] if items else []
-    head += ["of the floor"] if floors[1] else []
+    head += ["of the floor"] if floors else []
     head += ["peak memory", "largest error"]
     rows = [head]
     for group, table in tables.items():
@@ -317,7 +350,7 @@ def suite_table(tables: Mapping[str, Mapping[str, Record]], stored: Mapping[str,
                 "" if ratio is None else f"{ratio:.3g}",
             ]
             row += [per_second(record)] if items else []
-            row += [floor_share(record, stored)] if floors[1] else []
+            row += [floor_share(record, stored)] if floors else []
             memory = (record.get("memory") or {}).get("peak")
             error = max((record.get("errors") or {"": None}).values(), key=lambda e: e or 0)
             row += [
@@ -383,23 +416,17 @@ def skipped(tables: Mapping[str, Mapping[str, Record]]) -> list[str]:
 
 
 def floor_share(record: Record, stored: Mapping[str, Any]) -> str:
-    """The floor of the counted bytes and exponentials, as a share of the time."""
-    if not record["facts"].get("exps"):
+    """The floor of what was counted, as a share of the time."""
+    if "bytes" not in record["facts"]:
         return ""
+    floor = roofline.floor(roofline.counted(record["facts"]), card_of(record, stored))
+    return f"{100 * floor / record['median']:.0f} %"
+
+
+def card_of(record: Record, stored: Mapping[str, Any]) -> roofline.Card:
+    """The device with the rates that the record's run measured."""
     rates = stored["runs"][record["run"]]["rates"]
-    card = roofline.measured_card(stored["machine"]["device"], rates)
-    return f"{100 * roofline.floor(counts_of(record), card) / record['median']:.0f} %"
-
-
-def counts_of(record: Record) -> roofline.Counts:
-    """What was counted for a record."""
-    facts = record["facts"]
-    return roofline.Counts(
-        facts.get("bytes", 0.0),
-        facts.get("exps", 0.0),
-        facts.get("flops", 0.0),
-        facts.get("instructions", 0.0),
-    )
+    return roofline.measured_card(stored["machine"]["device"], rates)
 
 
 def fit(points: Sequence[tuple[float, float]]) -> float | None:
@@ -458,68 +485,64 @@ def fit_table(tables: Mapping[str, Mapping[str, Record]]) -> str:
 def on_paper(devices: Sequence[Mapping[str, Any]]) -> list[str]:
     """The model's times for cards that nobody has to have, and the model against measurements."""
     cards = roofline.CARDS
-    rows = [["bf16, N = 16, (B, D, L)", "", *(card.name for card in cards), "bound by"]]
-    for batch, dim, length in PAPER_SCANS:
-        scan = roofline.Scan(batch, dim, length, size=2)
-        for mode in ("forward", "backward"):
-            counts = scan.mode(mode)
-            rows.append(
-                [
-                    f"({batch}, {dim}, {length})",
-                    mode,
-                    *(
-                        f"{seconds(roofline.model(counts, card))} "
-                        f"(floor {seconds(roofline.floor(counts, card))})"
-                        for card in cards
-                    ),
-                    ", ".join(dict.fromkeys(roofline.bound(counts, card) for card in cards)),
-                ]
-            )
-        peer = roofline.peer_scan(scan)
-        for i, mode in enumerate(("forward", "backward")):
-            if peer is not None:
-                rows.append(
-                    [
-                        f"({batch}, {dim}, {length})",
-                        f"{mode}, mamba_ssm's kernel",
-                        *(seconds(peer[i] / card.issue) for card in cards),
-                        "instructions",
-                    ]
-                )
-    images = [
-        ["encoder, forward, 64 images, bf16", *(card.name for card in cards), "slowest parts"]
-    ]
-    for name, dim, depth in PAPER_IMAGES:
-        for pixels in (224, 1280):
-            parts = roofline.encoder(64, pixels, dim, depth)
-            h200 = {part: roofline.model(counts, cards[-1]) for part, counts in parts.items()}
-            slowest = sorted(h200, key=lambda part: -h200[part])[:3]
-            images.append(
-                [
-                    f"{name}, {pixels} px",
-                    *(
-                        seconds(sum(roofline.model(c, card) for c in parts.values()))
-                        for card in cards
-                    ),
-                    ", ".join(f"{p} {100 * h200[p] / sum(h200.values()):.0f} %" for p in slowest),
-                ]
-            )
+    known = roofline.INSTRUCTIONS["sm_90"]
     return [
         "## On paper: A100, H100, H200",
         f"""\
 None of this is measured. The floor is what the bytes, the exponentials or the products must take;
-the model adds the instructions that the compiled kernels issue: {roofline.FORWARD_INSTRUCTIONS}
-for each (b, d, l, n) forward and {roofline.BACKWARD_INSTRUCTIONS} backward, counted in the machine
-code for sm_90 and taken for all three cards (mamba_ssm's CUDA kernels: 55 and 112 at length 197,
-23 and 71 at 4096). Assumed: a copy reaches {100 * roofline.COPY_SHARE:.0f} % of the memory's rate
-(measured on an H200), products {100 * roofline.PRODUCT_SHARE:.0f} % of the data sheet's; every
-operation reads and writes memory once; no time for launches, latency, or uneven work. So a real
-run is slower than the model, and a kernel that takes more than twice its time deserves a look.""",
-        markdown(rows),
-        markdown(images),
+the model adds the instructions that the compiled kernels issue, counted in their machine code
+([kernels.md](kernels.md)): on sm_90 {known["forward"]} for each (b, d, l, n) forward and
+{known["backward"]} backward with every gradient, {known["first forward"]} and
+{known["first backward"]} more where a long sequence is cut into chunks; mamba_ssm's CUDA kernels
+55 and 112 at length 197, 23 and 71 at 4096. Assumed: a copy reaches
+{100 * roofline.COPY_SHARE:.0f} % of the memory's rate (measured on an H200), products
+{100 * roofline.PRODUCT_SHARE:.0f} % of the data sheet's; every operation reads and writes memory
+once; no time for launches, latency, or uneven work. So a real run is slower than the model, and a
+kernel that takes more than twice its time deserves a look.""",
+        markdown(scans_on_paper(cards)),
+        markdown(encoders_on_paper(cards)),
         "### The model against what was measured",
         checked_model(devices),
     ]
+
+
+def scans_on_paper(cards: Sequence[roofline.Card]) -> list[list[str]]:
+    """Model and floor of our scan, and the instruction floor of mamba_ssm's."""
+    rows = [["bf16, N = 16, (B, D, L)", "", *(card.name for card in cards), "bound by"]]
+    for shape in PAPER_SCANS:
+        scan = roofline.Scan(*shape, size=2)
+        where = f"({', '.join(map(str, shape))})"
+        for mode in ("forward", "backward"):
+            counts = [scan.model(mode, card) for card in cards]
+            pairs = list(zip(counts, cards, strict=True))
+            cells = [
+                f"{seconds(roofline.model(c, card))} (floor {seconds(roofline.floor(c, card))})"
+                for c, card in pairs
+            ]
+            bounds = dict.fromkeys(roofline.bound(c, card) for c, card in pairs)
+            rows.append([where, mode, *cells, ", ".join(bounds)])
+        peer = roofline.peer_scan(scan)
+        for i, mode in enumerate(("forward", "backward")):
+            if peer is not None:
+                cells = [seconds(peer[i] / card.issue) for card in cards]
+                rows.append([where, f"{mode}, mamba_ssm's kernel", *cells, "instructions"])
+    return rows
+
+
+def encoders_on_paper(cards: Sequence[roofline.Card]) -> list[list[str]]:
+    """The sum of the operations' times."""
+    rows = [["encoder, forward, 64 images, bf16", *(c.name for c in cards), "slowest, last card"]]
+    for name, dim, depth in PAPER_IMAGES:
+        for pixels in (224, 1280):
+            cells = []
+            for card in cards:
+                parts = roofline.encoder(64, pixels, dim, depth, target=card.target)
+                spent = {part: roofline.model(counts, card) for part, counts in parts.items()}
+                cells.append(seconds(sum(spent.values())))
+            slowest = sorted(spent, key=lambda part: -spent[part])[:3]
+            shares_ = [f"{p} {100 * spent[p] / sum(spent.values()):.0f} %" for p in slowest]
+            rows.append([f"{name}, {pixels} px", *cells, ", ".join(shares_)])
+    return rows
 
 
 def checked_model(devices: Sequence[Mapping[str, Any]]) -> str:
@@ -530,9 +553,9 @@ def checked_model(devices: Sequence[Mapping[str, Any]]) -> str:
             record = best(table) if suite == "selective_scan" else None
             if record is None or record.get("series"):
                 continue
-            rates = stored["runs"][record["run"]]["rates"]
-            card = roofline.measured_card(stored["machine"]["device"], rates)
-            counts = counts_of(record)
+            card = card_of(record, stored)
+            scan = roofline.Scan(*(record["facts"][name] for name in SCAN_FIELDS))
+            counts = scan.model(group.split("-")[0], card)
             predicted = roofline.model(counts, card)
             rows.append(
                 [
@@ -547,12 +570,9 @@ def checked_model(devices: Sequence[Mapping[str, Any]]) -> str:
             )
     if len(rows) == 1:
         return f"{NOT_MEASURED.capitalize()}."
-    note = (
-        "On a CPU the model is its floor, from the rates of the copy and of `torch.exp2` that the "
-        "run itself measured. On GPUs: " + NOT_MEASURED + "."
-        if not any(stored["machine"]["kind"] == "cuda" for stored in devices)
-        else "On a CPU the model is its floor, from rates that the run itself measured."
-    )
+    note = "On a CPU the model is its floor, from rates that the run itself measured."
+    if not any(stored["machine"]["kind"] == "cuda" for stored in devices):
+        note += f" On GPUs: {NOT_MEASURED}."
     return markdown(rows) + "\n\n" + note
 
 

@@ -14,6 +14,7 @@ Shapes: B batch, L length, D channels, N states, E = B L D, X = E N.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,6 +65,8 @@ class Card:
         exps: on all special-function units.
         issue: warp instructions.
         flops: bf16 products with fp32 sums, dense; at the share that large products reach.
+        processors: multiprocessors.
+        target: what kernels are compiled for; None: their instructions are not modelled.
     """
 
     name: str
@@ -71,15 +74,25 @@ class Card:
     exps: float
     issue: float
     flops: float
+    processors: int = 0
+    target: str | None = None
 
     @classmethod
-    def nvidia(cls, name: str, sms: int, hertz: float, memory: float, flops: float) -> Card:
+    def nvidia(
+        cls, name: str, target: str, processors: int, hertz: float, memory: float, flops: float
+    ) -> Card:
         """From the data sheet: 16 special-function results and 4 instructions a clock and SM.
 
         A copy reaches `COPY_SHARE` of the memory's rate, products `PRODUCT_SHARE` of theirs.
         """
         return cls(
-            name, memory * COPY_SHARE, sms * 16 * hertz, sms * 4 * hertz, flops * PRODUCT_SHARE
+            name,
+            memory * COPY_SHARE,
+            processors * 16 * hertz,
+            processors * 4 * hertz,
+            flops * PRODUCT_SHARE,
+            processors,
+            target,
         )
 
 
@@ -89,16 +102,25 @@ COPY_SHARE = 4.3 / 4.8
 PRODUCT_SHARE = 0.65
 
 CARDS = (
-    Card.nvidia("A100 80 GB SXM", 108, 1.41e9, 2.039e12, 312e12),
-    Card.nvidia("H100 80 GB SXM", 132, 1.98e9, 3.35e12, 989e12),
-    Card.nvidia("H200 141 GB SXM", 132, 1.98e9, 4.8e12, 989e12),
+    Card.nvidia("A100 80 GB SXM", "sm_80", 108, 1.41e9, 2.039e12, 312e12),
+    Card.nvidia("H100 80 GB SXM", "sm_90", 132, 1.98e9, 3.35e12, 989e12),
+    Card.nvidia("H200 141 GB SXM", "sm_90", 132, 1.98e9, 4.8e12, 989e12),
 )
 
-# Instructions for each (b, d, l, n) in the hot loops of the compiled kernels for sm_90, as
-# `kernels.budgets` counts them.
-FORWARD_INSTRUCTIONS = 9.4
-BACKWARD_INSTRUCTIONS = 24.0
-# The same of mamba_ssm's CUDA kernels, by length: 55 and 112 at 197, 23 and 71 at 4096.
+# Instructions for each (b, d, l, n) in the hot loops of the compiled kernels, as `kernels.budgets`
+# counts them (the table in docs/kernels.md; a test compares): selective scan forward and backward,
+# the first passes over the chunks of a long sequence, and the cross scan forward.
+INSTRUCTIONS = {
+    "sm_80": {
+        "forward": 8.6, "backward": 29.0, "first forward": 6.1, "first backward": 7.9, "cross": 8.1,
+    },
+    "sm_90": {
+        "forward": 8.5, "backward": 29.0, "first forward": 6.0, "first backward": 7.5, "cross": 8.7,
+    },
+}  # fmt: skip
+# A scan is cut into chunks where it has fewer programs, of so many channels, a multiprocessor.
+FEW_PROGRAMS, LANES = 3, 32
+# The same of mamba_ssm's CUDA kernels for sm_90, by length: forward, backward.
 PEER_INSTRUCTIONS = {197: (55.0, 112.0), 4096: (23.0, 71.0)}
 
 
@@ -134,7 +156,6 @@ class Scan:
         return Counts(
             bytes=tensors * self.size * self.elements + self._parameters(),
             exps=states + (4 if self.gated else 2) * self.elements,
-            instructions=states * FORWARD_INSTRUCTIONS / WARP,
         )
 
     def backward(self) -> Counts:
@@ -148,7 +169,6 @@ class Scan:
         return Counts(
             bytes=tensors * self.size * self.elements + 2 * self._parameters(),
             exps=states + (5 if self.gated else 3) * self.elements,
-            instructions=states * BACKWARD_INSTRUCTIONS / WARP,
         )
 
     def mode(self, mode: str) -> Counts:
@@ -156,6 +176,20 @@ class Scan:
         if mode == "forward":
             return self.forward()
         return self.backward() if mode == "backward" else self.forward() + self.backward()
+
+    def instructions(self, mode: str, card: Card) -> float:
+        """Warp instructions of our kernels in a mode, as `mode` has it; 0 where not modelled."""
+        if card.target is None:
+            return 0.0
+        known = INSTRUCTIONS[card.target]
+        chunked = self.batch * -(-self.dim // LANES) < FEW_PROGRAMS * card.processors
+        wanted = (mode,) if mode in ("forward", "backward") else ("forward", "backward")
+        issued = sum(known[m] + (known[f"first {m}"] if chunked else 0.0) for m in wanted)
+        return self.elements * self.state * issued / WARP
+
+    def model(self, mode: str, card: Card) -> Counts:
+        """Everything that our kernels take on a card."""
+        return replace(self.mode(mode), instructions=self.instructions(mode, card))
 
     def _parameters(self) -> int:
         """Bytes of B and C, fp32, and of A."""
@@ -178,7 +212,9 @@ def linear(rows: int, inputs: int, outputs: int, size: int, rank: int = 0) -> Co
     )
 
 
-def encoder(batch: int, pixels: int, dim: int, depth: int, size: int = 2) -> dict[str, Counts]:
+def encoder(
+    batch: int, pixels: int, dim: int, depth: int, size: int = 2, target: str | None = None
+) -> dict[str, Counts]:
     """The forward pass of the vision Mamba by operation, each reading and writing memory once.
 
     Args:
@@ -187,11 +223,14 @@ def encoder(batch: int, pixels: int, dim: int, depth: int, size: int = 2) -> dic
         dim: D.
         depth: blocks.
         size: bytes of an activation.
+        target: of the scans' instructions; None: not counted.
     """
     patches = (pixels // 16) ** 2
     tokens = batch * (patches + 1)
     rank, hidden = -(-dim // 16), dim * 4 * 2 // 3
-    scans = Scan(4 * batch, dim, patches + 1, size=size, gated=False).forward()
+    scan = Scan(4 * batch, dim, patches + 1, size=size, gated=False)
+    issued = INSTRUCTIONS[target]["cross"] if target else 0.0
+    scans = replace(scan.forward(), instructions=scan.elements * scan.state * issued / WARP)
     block = {
         "in_proj": linear(tokens, dim, 2 * dim, size),
         "convolutions": Counts(bytes=5 * size * tokens * dim, exps=8.0 * tokens * dim),
@@ -238,6 +277,11 @@ def peer_scan(scan: Scan) -> tuple[float, float] | None:
     return states * known[0] / WARP, states * known[1] / WARP
 
 
+def counted(facts: Mapping[str, Any]) -> Counts:
+    """Bytes, exponentials and products that a record holds."""
+    return Counts(*(float(facts.get(name, 0)) for name in ("bytes", "exps", "flops")))
+
+
 def measured_card(name: str, rates: dict[str, float]) -> Card:
     """The device that `benchmarks.machine.rates` measured.
 
@@ -248,14 +292,3 @@ def measured_card(name: str, rates: dict[str, float]) -> Card:
         if card.name.split()[0] in name:
             return replace(card, name=name, bytes=rates["bytes"], flops=rates["flops"])
     return Card(name, rates["bytes"], rates["exps"], float("inf"), rates["flops"])
-
-
-def facts(counts: Counts, card: Card) -> dict[str, Any]:
-    """What a record keeps."""
-    return {
-        "bytes": counts.bytes,
-        "exps": counts.exps,
-        "flops": counts.flops,
-        "floor": floor(counts, card),
-        "bound": bound(replace(counts, instructions=0.0), card),
-    }
