@@ -14,12 +14,11 @@ from benchmarks.work import Case, Contender
 
 INFERENCE, TRAINING = "inference", "training"
 SIDES = [192, 224, 384, 512, 768, 1024, 1280]
-FEWER = [192, 224, 384, 512, 768, 1280]
 # (size, mode, images a batch, pixels a side).
 PLANS: dict[str, dict[str, list[tuple[str, str, int, list[int]]]]] = {
     "cpu": {
         "smoke": [("small", INFERENCE, 2, [32, 48]), ("small", TRAINING, 2, [48])],
-        "default": [("base", INFERENCE, 1, FEWER), ("base", TRAINING, 1, FEWER[:4])],
+        "default": [("base", INFERENCE, 1, SIDES[:5]), ("base", TRAINING, 1, SIDES[:3])],
         "full": [
             ("base", INFERENCE, 1, SIDES), ("base", TRAINING, 1, SIDES),
             ("large", INFERENCE, 1, SIDES), ("large", TRAINING, 1, SIDES[:5]),

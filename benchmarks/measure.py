@@ -15,7 +15,7 @@ from benchmarks import machine, memory, roofline
 from benchmarks.results import Record
 from benchmarks.work import Case, Contender, Work, errors
 
-SECONDS = {"smoke": 0.0, "default": 3.0, "full": 20.0}  # of timed rounds
+SECONDS = {"smoke": 0.0, "default": 2.0, "full": 20.0}  # of timed rounds
 ROUNDS = {"smoke": (1, 1), "default": (3, 30), "full": (5, 100)}  # fewest, most
 SLOW = 10.0  # seconds a call above which it is timed twice, above three times that once
 WARM_LIMIT = 5.0  # seconds a call above which memory is measured without a call before
