@@ -31,15 +31,19 @@ from emrrg.engine import (
     update,
 )
 from emrrg.errors import InputError
+from emrrg.evaluation import write_reports
 from emrrg.model import set_regime
+from emrrg.optim import learning_rate, set_lr
 from emrrg.progress import Progress
 from emrrg.runs import read_checkpoint, write_json
 
 CPU = torch.device("cpu")
+STEPS_TO_LEARN = 150
 CONFIG = TrainConfig(
     dataset="phantoms", preset="tiny", regime="full", image_size=32, decoder_dim=32,
     decoder_layers=2, decoder_heads=2, hybrid_every=2, vocab_size=300, train_studies=7,
     val_studies=1, test_studies=1, batch_size=3, drop_path=0.0, grad_clip=0.0, epochs=2,
+    eval_batch_size=3,
 )  # fmt: skip
 
 
@@ -82,6 +86,24 @@ def test_a_step_is_the_mean_over_all_its_tokens(
     assert not step.stop and not step.failures
     for (name, parameter), gradient in zip(made.parameters.items(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=2e-6, rtol=2e-4, msg=name)
+
+
+def test_it_learns_a_batch_by_heart(tmp_path: Path) -> None:
+    """Four studies: the loss goes to nothing, and each report comes back word for word."""
+    made = session(
+        tmp_path, train_studies=4, batch_size=4, decoder_dim=64, lr=3e-3, warmup_steps=10,
+        grad_clip=1.0, beams=1,
+    )  # fmt: skip
+    losses = []
+    for k in range(STEPS_TO_LEARN):
+        set_lr(made.optimizer, learning_rate(made.config, k, STEPS_TO_LEARN, 0))
+        reader = read_steps(made, [[0, 1, 2, 3]])
+        losses.append(training_step(made, [0, 1, 2, 3], reader, lambda: False).loss)
+    assert losses[0] > 4 and losses[-1] < 0.05, losses[::10]
+    studies = made.studies["train"]
+    written = write_reports(made.model, studies, made.config, CPU)
+    assert written.reports == studies.reports()
+    assert len(set(written.reports)) > 1
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
