@@ -4,8 +4,8 @@ Every parameter with its shape, dtype and bytes, and whether it trains; the shar
 each baseline that a percentage could have been measured against, with the paper's 2.3 % taken
 apart; and the memory of a training step, parameter-efficient and full side by side. Nothing is
 allocated for that: the model and the step are built from shapes alone, so that a 7B language model
-is audited on a laptop. ``--measure`` runs the encoder's step for real and says how far off the
-estimate is.
+is audited on a laptop. ``--measure`` runs a step for real and says how far off the estimate is:
+that of encoder and projector, with ``--llm`` the whole system's, as far as the memory goes.
 
 Without ``--llm`` the language model is Llama-2-7B, 4096 wide.
 """
@@ -29,12 +29,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emrrg.config import parse_config, run_command
 from emrrg.decoder import LOSS_CHUNK, Decoder
-from emrrg.decoder_config import DecoderConfig
+from emrrg.decoder_config import DecoderConfig, read_decoder_config
 from emrrg.errors import InputError
 from emrrg.lora import LORA_TARGETS, add_lora
 from emrrg.model import set_regime
 from emrrg.peft import PEFT_METHODS, adapter_parameter_names, add_peft
-from emrrg.pretrained import read_folder_config
 from emrrg.vision import VISION_PRESETS, VisionMamba
 
 LLAMA_2_7B = DecoderConfig(
@@ -81,7 +80,8 @@ class AuditConfig:
     checkpointing: bool = False
     """Recompute the encoder's blocks and the decoder's layers in the backward pass."""
     measure: bool = False
-    """Also run the step of encoder and projector, on CUDA where there is one, else on the CPU."""
+    """Also run the step (with --llm of the whole system, else of encoder and projector), on CUDA
+    where there is one, else on the CPU."""
     json: str | None = None
     """Write everything to this JSON file."""
     markdown: str | None = None
@@ -158,7 +158,7 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     """Everything that the command prints, as JSON holds it."""
     decoder = LLAMA_2_7B
     if config.llm is not None:
-        decoder = DecoderConfig.from_huggingface(read_folder_config(Path(config.llm)))
+        decoder = read_decoder_config(config.llm)
     with torch.device("meta"):
         model = System(config, decoder)
     set_regime(model, "peft")  # type: ignore[arg-type]
@@ -173,6 +173,7 @@ def audit(config: AuditConfig) -> dict[str, Any]:
             "lora_rank": config.lora_rank,
             "peft": list(config.peft),
             "llm": config.llm or "Llama-2-7B",
+            "llm_given": config.llm is not None,
             "llm_width": decoder.hidden_size,
             "hybrid_layers": list(model.llama_model.config.hybrid_layers),
             "batch_size": config.batch_size,
@@ -186,7 +187,7 @@ def audit(config: AuditConfig) -> dict[str, Any]:
         "memory": memory(config, decoder),
     }
     if config.measure:
-        report["measured"] = measured(config)
+        report["measured"] = measured(config, report["memory"])
     return report
 
 
@@ -305,7 +306,8 @@ def memory(config: AuditConfig, decoder: DecoderConfig) -> dict[str, Any]:
     """Bytes of a step by regime: weights, gradients, optimizer state, activations.
 
     Activations are what autograd keeps between forward and backward, counted tensor by tensor on a
-    step without data; temporaries inside operations are not in it.
+    step without data; with checkpointing the backward pass also holds one block or layer at a time.
+    Temporaries inside operations are not in it.
     """
     result: dict[str, Any] = {}
     for regime in REGIMES:
@@ -314,11 +316,7 @@ def memory(config: AuditConfig, decoder: DecoderConfig) -> dict[str, Any]:
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             prepare(model, regime)
-            tokens = PROMPT_TOKENS + config.report_tokens
-            images = torch.empty(config.batch_size, 3, *model.visual_encoder.image_size)
-            embeds = torch.empty(
-                config.batch_size, tokens, decoder.hidden_size, dtype=DTYPES[config.llm_dtype]
-            )
+            images, embeds = batch(model, config, decoder, torch.device("cpu"))
             whole = kept_bytes(model, partial(step, model, config, images, embeds))
             vision = kept_bytes(model, partial(step, model, config, images, None))
             trainable = [p for p in model.parameters() if p.requires_grad]
@@ -329,13 +327,15 @@ def memory(config: AuditConfig, decoder: DecoderConfig) -> dict[str, Any]:
                 "optimizer": sum(2 * p.numel() * p.element_size() for p in trainable),
                 "activations": whole,
                 "activations_of_encoder_and_projector": vision,
+                "recomputed": recomputed(model, config, images, embeds),
                 "logits": min(
                     LOSS_CHUNK, config.batch_size * config.report_tokens * decoder.vocab_size
                 )
                 * 4,
             }
         row["total"] = sum(
-            row[key] for key in ("weights", "gradients", "optimizer", "activations", "logits")
+            row[key]
+            for key in ("weights", "gradients", "optimizer", "activations", "recomputed", "logits")
         )
         result[regime] = row
     return result
@@ -375,11 +375,46 @@ def kept_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:
     return sum(size for _, size in kept.values())
 
 
-def measured(config: AuditConfig) -> dict[str, Any]:
-    """Run one step of encoder and projector in each regime, each in a process of its own."""
+def recomputed(model: System, config: AuditConfig, images: Tensor, report: Tensor | None) -> int:
+    """Bytes that the backward pass of a checkpointed block or decoder layer computes again.
+
+    The larger of an average block of the encoder and an average layer of the decoder.
+    """
+    if not config.checkpointing:
+        return 0
+    parts: list[Any] = [model.visual_encoder]
+    if report is not None:
+        parts.append(model.llama_model)
+    for part in parts:
+        part.checkpointing = False
+    vision = kept_bytes(model, lambda: step(model, config, images, None))
+    largest = vision // model.visual_encoder.depth
+    if report is not None:
+        both = kept_bytes(model, lambda: step(model, config, images, report))
+        largest = max(largest, (both - vision) // len(model.llama_model.model.layers))
+    for part in parts:
+        part.checkpointing = True
+    return largest
+
+
+def measured(config: AuditConfig, estimate: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Run one step in each regime, each in a process of its own.
+
+    Args:
+        config: what to build; with `llm` the whole system, else encoder and projector.
+        estimate: from `memory`; a whole system that needs more than there is free is not built.
+    """
     context = multiprocessing.get_context("spawn")
-    result = {}
+    free = free_memory() if config.llm is not None else None
+    if free is not None:
+        free = free * 9 // 10  # temporaries
+    result: dict[str, Any] = {}
     for regime in REGIMES[::2]:
+        needed = estimate[regime]["total"]
+        if free is not None and needed > free:
+            reason = f"needs about {gibibytes(needed)}, and {gibibytes(free)} are free"
+            result[regime] = {"skipped": reason}
+            continue
         queue = context.Queue()
         process = context.Process(target=measure_step, args=(config, regime, queue))
         process.start()
@@ -394,52 +429,86 @@ def measured(config: AuditConfig) -> dict[str, Any]:
 
 
 def measure_step(config: AuditConfig, regime: str, queue: Any) -> None:
-    """A warm step, then a measured one: bytes of weights, state and peak above them."""
+    """A warm step, then a measured one: bytes kept, and the peak above weights and state."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
+    decoder = None if config.llm is None else read_decoder_config(config.llm)
     torch.manual_seed(0)
-    model = System(config, None).to(device)
+    with torch.device("meta"):  # in the types asked for from the start
+        model = System(config, decoder)
+    model.to_empty(device=device)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    height, width = model.visual_encoder.image_size
+    model.visual_encoder.resize((height, width))  # its orders of visiting
     prepare(model, regime)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
-    images = torch.randn(config.batch_size, 3, *model.visual_encoder.image_size, device=device)
+    inputs = batch(model, config, decoder, device)
 
-    def forward_backward() -> None:
-        step(model, config, images, None).float().square().mean().backward()
+    def forward_backward(images: Tensor, report: Tensor | None) -> None:
+        step(model, config, images, report).float().square().mean().backward()
 
-    small = images[:1]
-    step(model, config, small, None).float().square().mean().backward()  # builds kernels, gradients
+    images, report = inputs
+    forward_backward(images[:1], None if report is None else report[:1])  # kernels, gradients
     optimizer.step()
-    estimate = _fake_kept_bytes(config, regime)
-    real = kept_bytes(model, lambda: step(model, config, images, None))
+    estimate, again = _fake_bytes(config, regime, decoder)
+    real = kept_bytes(model, lambda: step(model, config, *inputs))
     peak: int | None
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        forward_backward()
+        forward_backward(*inputs)
         peak = torch.cuda.max_memory_allocated() - before
     else:
         resident = _reset_peak()
-        forward_backward()
+        forward_backward(*inputs)
         peak = None if resident is None else _status("VmHWM") - resident
     queue.put(
         {
             "device": torch.cuda.get_device_name() if cuda else "CPU",
             "torch": torch.__version__,
             "estimated_kept": estimate,
+            "estimated_peak": estimate + again,
             "kept": real,
             "peak_above_weights": peak,
         }
     )
 
 
-def _fake_kept_bytes(config: AuditConfig, regime: str) -> int:
+def batch(
+    model: System, config: AuditConfig, decoder: DecoderConfig | None, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Random images (B, 3, S, S) and, with a decoder, embeddings of prompt and report (B, T, H)."""
+    studies = config.batch_size
+    images = torch.randn(studies, 3, *model.visual_encoder.image_size, device=device)
+    if decoder is None:
+        return images, None
+    shape = (studies, PROMPT_TOKENS + config.report_tokens, decoder.hidden_size)
+    return images, torch.randn(shape, device=device).to(DTYPES[config.llm_dtype])
+
+
+def _fake_bytes(config: AuditConfig, regime: str, decoder: DecoderConfig | None) -> tuple[int, int]:
+    """Bytes kept, and computed again, by a step without data."""
     with torch.device("meta"):
-        model = System(config, None)
+        model = System(config, decoder)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         prepare(model, regime)
-        images = torch.empty(config.batch_size, 3, *model.visual_encoder.image_size)
-        return kept_bytes(model, lambda: step(model, config, images, None))
+        inputs = batch(model, config, decoder, torch.device("cpu"))
+        kept = kept_bytes(model, lambda: step(model, config, *inputs))
+        return kept, recomputed(model, config, *inputs)
+
+
+def free_memory() -> int | None:
+    """Bytes that are free where a step would run; None where the system does not say."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
 
 
 def _reset_peak() -> int | None:
@@ -477,7 +546,8 @@ def render(report: Mapping[str, Any], *, markdown: bool) -> str:
         ),
     ]
     if "measured" in report:
-        sections.append(("Measured: encoder and projector", measured_table(report["measured"])))
+        what = "the whole step" if settings["llm_given"] else "encoder and projector"
+        sections.append((f"Measured: {what}", measured_table(report["measured"])))
     heading = "## " if markdown else ""
     lines = [f"# {title}" if markdown else title]
     for name, rows in sections:
@@ -558,6 +628,7 @@ def memory_table(found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         "optimizer": "AdamW state",
         "activations": "activations kept for the backward pass",
         "activations_of_encoder_and_projector": "  of these, encoder and projector",
+        "recomputed": "computed again at once, with checkpointing",
         "logits": "logits of a chunk of the loss",
         "total": "total",
     }
@@ -571,8 +642,16 @@ def memory_table(found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 def measured_table(found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """The estimate beside what a step really kept, and its peak."""
-    rows = [["regime", "device", "estimated", "kept", "estimate / kept", "peak above weights"]]
+    rows = [
+        [
+            "regime", "device", "estimated to be kept", "kept", "estimate / kept",
+            "estimated peak", "peak above weights and state", "estimate / peak",
+        ]
+    ]  # fmt: skip
     for regime, row in found.items():
+        if "skipped" in row:
+            rows.append([regime, f"not measured: {row['skipped']}", *[""] * 6])
+            continue
         peak = row["peak_above_weights"]
         rows.append(
             [
@@ -581,7 +660,9 @@ def measured_table(found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
                 gibibytes(row["estimated_kept"]),
                 gibibytes(row["kept"]),
                 f"{row['estimated_kept'] / row['kept']:.3f}",
+                gibibytes(row["estimated_peak"]),
                 "not measured here" if peak is None else gibibytes(peak),
+                "" if not peak else f"{row['estimated_peak'] / peak:.3f}",
             ]
         )
     return rows

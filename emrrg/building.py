@@ -13,6 +13,7 @@ import torch
 from emrrg.checkpoint import load_released, read_released_checkpoint
 from emrrg.config import PROMPT, ModelConfig, TrainConfig, flag
 from emrrg.decoder import Decoder, DecoderConfig
+from emrrg.decoder_config import read_decoder_config
 from emrrg.errors import InputError
 from emrrg.lora import add_lora, merge_lora
 from emrrg.model import ReportGenerator
@@ -102,6 +103,7 @@ def build_model(
 
     tokenizer = find_tokenizer(config, reports)
     if config.llm is not None:
+        check_llm(config, tokenizer, vision["image_size"])
         trains = config.regime == "full"
         decoder = Decoder.from_pretrained(
             config.llm,
@@ -109,11 +111,6 @@ def build_model(
             device=place,
             int8=config.llm_int8,
         )
-        if tokenizer.vocab_size > decoder.config.vocab_size:
-            raise InputError(
-                f"--tokenizer: {tokenizer.vocab_size} pieces, but --llm {config.llm} has "
-                f"{decoder.config.vocab_size} embeddings"
-            )
     else:
         decoder = Decoder(small_decoder(config, tokenizer, vision["image_size"]))
     add_hybrid_layers(config, decoder)
@@ -145,6 +142,50 @@ def build_model(
             merge_lora(model, reversible=False)
     model.adapt(adapted(config, model))
     return model.to(place)
+
+
+def check_llm(config: TrainConfig, tokenizer: Tokenizer, image_size: int) -> None:
+    """Compare the flags with a language model's config.json, before its weights are read.
+
+    Raises:
+        InputError: more pieces than embeddings, more tokens than positions, or a hybrid layer that
+            does not exist.
+    """
+    assert config.llm is not None
+    decoder = read_decoder_config(config.llm)
+    if tokenizer.vocab_size > decoder.vocab_size:
+        raise InputError(
+            f"--tokenizer: {tokenizer.vocab_size} pieces, but --llm {config.llm} has "
+            f"{decoder.vocab_size} embeddings"
+        )
+    check_positions(config, tokenizer, PROMPT, (image_size // 16) ** 2 + 1, decoder)
+    check_hybrid_layers(config, decoder.num_hidden_layers)
+
+
+def check_positions(
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    prompt: Sequence[str],
+    image_tokens: int,
+    decoder: DecoderConfig,
+) -> None:
+    """Refuse more tokens than the decoder has positions for."""
+    words = 1 + sum(len(tokenizer.encode(part)) for part in prompt)
+    longest = max(config.max_report_tokens, config.max_new_tokens)
+    room = decoder.max_position_embeddings
+    if image_tokens + words + longest > room:
+        raise InputError(
+            f"--max-report-tokens, --max-new-tokens: {image_tokens} image tokens, {words} of the "
+            f"prompt and {longest} of the report are more than the language model's {room} "
+            "positions"
+        )
+
+
+def check_hybrid_layers(config: TrainConfig, count: int) -> None:
+    """Refuse hybrid layers that a decoder of `count` layers has not."""
+    wrong = [i for i in config.hybrid_layers or () if not 0 <= i < count]
+    if wrong:
+        raise InputError(f"--hybrid-layers: {wrong[0]} is not a layer (0 to {count - 1})")
 
 
 def from_run(
@@ -205,10 +246,8 @@ def add_hybrid_layers(config: TrainConfig, decoder: Decoder) -> None:
     """Let the chosen decoder layers attend to the image."""
     count = decoder.config.num_hidden_layers
     if config.hybrid_layers is not None:
+        check_hybrid_layers(config, count)
         layers = list(config.hybrid_layers)
-        wrong = [i for i in layers if not 0 <= i < count]
-        if wrong:
-            raise InputError(f"--hybrid-layers: {wrong[0]} is not a layer (0 to {count - 1})")
     else:
         layers = list(range(0, count, config.hybrid_every)) if config.hybrid_every else []
     if layers:

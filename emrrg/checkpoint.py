@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from emrrg.config import read_json
+from emrrg.config import LORA_TARGETS, read_json
 from emrrg.errors import InputError
 from emrrg.lora import DIRECTIONS
 from emrrg.unpickling import PickledFile, TensorRecord
@@ -314,6 +314,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_converted(folder: Path) -> ReleasedCheckpoint:
+    if not (folder / CONVERTED_CONFIG).exists():
+        raise InputError(
+            f"{folder}: holds no {CONVERTED_CONFIG}; give a .pth or .safetensors file, or a folder "
+            "that emrrg.convert or emrrg.export wrote"
+        )
     config = read_json(folder / CONVERTED_CONFIG)
     if config.get("format") != FORMAT:
         raise InputError(
@@ -454,10 +459,14 @@ class _Layout:
                     break
 
     def _adapters(self) -> None:
-        """Adapters of Hugging Face PEFT and of MambaPEFT's code."""
+        """Adapters of Hugging Face PEFT, of MambaPEFT's code, and of this project."""
         for name in list(self.tensors):
             if name not in self.tensors:
                 continue  # the partner of one before
+            found = re.fullmatch(r"(.*)\.lora_(\w+)\.A", name)
+            if found and found[2] in LORA_TARGETS:
+                self._own_adapter(found[1], found[2], name)
+                continue
             found = re.fullmatch(r"(.*)\.lora_A(?:\.default)?\.weight", name)
             if found:
                 self._peft_adapter(found[1], name)
@@ -467,6 +476,12 @@ class _Layout:
             )
             if found and found[2] in MAMBAPEFT:
                 self._mambapeft_adapter(found[1], found[2], found[3], name)
+
+    def _own_adapter(self, layer: str, target: str, name: str) -> None:
+        up = self.tensors.get(f"{name[:-1]}B")
+        if up is None:
+            raise InputError(f"{self.path}: tensor {name} has no B beside it")
+        self._store(layer, target, self.tensors[name], up, None, name)
 
     def _peft_adapter(self, layer: str, name: str) -> None:
         down = self.tensors.pop(name)
@@ -505,7 +520,8 @@ class _Layout:
         scale = self.lora_scale if self.lora_scale is not None else scale
         if scale is None:
             raise InputError(
-                f"{self.path}: tensor {name}: the file does not say its scale; give it"
+                f"{self.path}: tensor {name}: the file does not say its adapters' scale; "
+                "emrrg.convert takes it by --lora-scale"
             )
         self.scales.add(float(scale))
         self.ranks.setdefault(target, set()).add(down.shape[0])

@@ -34,10 +34,9 @@ from emrrg.checkpoint import (
     write_safetensors,
 )
 from emrrg.config import parse_config, run_command
-from emrrg.decoder_config import DecoderConfig
+from emrrg.decoder_config import read_decoder_config
 from emrrg.errors import InputError
 from emrrg.huggingface_adapter import huggingface_adapters
-from emrrg.pretrained import read_folder_config
 from emrrg.runs import load_run, state_of, write_json
 from emrrg.vision import interpolate_pos_embed
 
@@ -117,9 +116,7 @@ def read_file(config: ConvertConfig, path: str) -> ReleasedCheckpoint:
     """Read a weight file with the flags' help."""
     head_dim = None
     if config.llm is not None:
-        head_dim = DecoderConfig.from_huggingface(
-            read_folder_config(Path(config.llm))
-        ).width_of_head
+        head_dim = read_decoder_config(config.llm).width_of_head
     return read_released_checkpoint(
         path,
         lora_scale=config.lora_scale,

@@ -40,11 +40,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from emrrg.cache import Cache, additive
-from emrrg.decoder_config import DecoderConfig, Gate, rope_frequencies
+from emrrg.decoder_config import DecoderConfig, Gate, read_decoder_config, rope_frequencies
 from emrrg.errors import InputError
 from emrrg.int8 import Int8Linear
 from emrrg.lora import AdaptableLinear
-from emrrg.pretrained import WeightFolder, read_folder_config
+from emrrg.pretrained import WeightFolder
 
 IGNORED = -100
 LOSS_CHUNK = (
@@ -290,7 +290,7 @@ class Decoder(nn.Module):
         device: str | torch.device | None = None,
         int8: bool = False,
     ) -> Decoder:
-        """Read a Hugging Face folder: ``config.json`` and safetensors, sharded or not.
+        """Read a Hugging Face folder: ``config.json`` and safetensors or ``.bin``, sharded or not.
 
         Headers and shapes are checked first; then the tensors go one by one into the target
         dtype and device.
@@ -308,11 +308,7 @@ class Decoder(nn.Module):
                 architecture (the message names it).
         """
         folder = Path(folder)
-        values = read_folder_config(folder)
-        try:
-            config = DecoderConfig.from_huggingface(values)
-        except InputError as error:
-            raise InputError(f"{folder / 'config.json'}: {error}") from error
+        config = read_decoder_config(folder)
         with torch.device("meta"):
             decoder = cls(config)
         weights = WeightFolder(folder)

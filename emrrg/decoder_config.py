@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from emrrg.errors import InputError
+from emrrg.pretrained import read_folder_config
 
 Gate = Literal["token", "channel"]
+
+# What a config.json that leaves a key out means by it, where that depends on the architecture.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048, "num_key_value_heads": None},
+    "mistral": {
+        "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096,
+    },
+    "qwen2": {
+        "max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096,
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -133,10 +147,16 @@ class DecoderConfig:
                 is not supported (the message names the key).
         """
         kind = values.get("model_type")
-        if kind not in ("llama", "mistral", "qwen2"):
+        if kind not in DEFAULTS:
             raise InputError(
                 f"model_type: {kind!r} is not supported; give a llama, mistral or qwen2 model"
             )
+        if values.get("quantization_config"):
+            raise InputError(
+                "quantization_config: quantised weights cannot be read; give the folder of the "
+                "model as it was before (it can be held in int8 while it is loaded)"
+            )
+        values = {**DEFAULTS[kind], **values}
         if values.get("hidden_act", "silu") != "silu":
             raise InputError(f"hidden_act: {values['hidden_act']!r} is not supported, only 'silu'")
         for name in (
@@ -169,7 +189,7 @@ class DecoderConfig:
             num_attention_heads=values["num_attention_heads"],
             num_key_value_heads=values.get("num_key_value_heads"),
             head_dim=values.get("head_dim"),
-            max_position_embeddings=values.get("max_position_embeddings", 2048),
+            max_position_embeddings=values["max_position_embeddings"],
             rms_norm_eps=values.get("rms_norm_eps", 1e-6),
             rope_theta=float(theta),
             rope_scaling=None if rope_type == "default" else {**rope, "rope_type": rope_type},
@@ -181,6 +201,20 @@ class DecoderConfig:
             tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
             model_type=kind,
         )
+
+
+def read_decoder_config(folder: str | os.PathLike[str]) -> DecoderConfig:
+    """The sizes of the model in a Hugging Face folder; its weights are not looked at.
+
+    Raises:
+        InputError: no folder, no ``config.json`` in it, or one that cannot be used (the message
+            names the file and the key).
+    """
+    values = read_folder_config(Path(folder))
+    try:
+        return DecoderConfig.from_huggingface(values)
+    except InputError as error:
+        raise InputError(f"{Path(folder) / 'config.json'}: {error}") from error
 
 
 def rope_frequencies(config: DecoderConfig) -> Tensor:

@@ -14,7 +14,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,19 +36,24 @@ from emrrg.runs import (
     find_checkpoint,
     load_run,
     read_checkpoint,
+    read_model_config,
     read_state,
     read_tensors,
     save_base,
     save_checkpoint,
     write_json,
 )
-from emrrg.system import available_memory, memory_bytes
+from emrrg.system import available_memory, memory_bytes, numerics
 from emrrg.vision import PatchConv
 
 log = logging.getLogger("emrrg.train")
 
 FEATURE_BYTES = 2**31  # most that cached image features take
 LARGEST_BATCH = 512  # that --auto-batch tries
+SPENT = ("network", "data", "scoring", "files")
+"""What the time of a run goes to: steps, features and generation; drawing or listing studies and
+reading batches; scores and their intervals, METEOR's Java program among them; checkpoints, curves
+and samples. The rest (building the model, log lines) is none of them."""
 
 
 @dataclass
@@ -72,8 +77,15 @@ class Session:
     """Studies of an optimizer step, all processes and accumulated batches together."""
     features: Tensor | None = None
     """(n, P+1, D) features of the training images, where they are cached."""
-    busy: float = 0.0
-    """Seconds spent in the network: steps, features, generation."""
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SPENT, 0.0))
+    """What this process's time goes to, as `SPENT` has it."""
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the time that something takes to `seconds`."""
+        started = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - started
 
 
 @dataclass(frozen=True)
@@ -98,11 +110,16 @@ def prepare(
     step_studies = config.batch_size * config.accumulate * world.size
     if resuming:
         step_studies = read_state(find_checkpoint(run, "last"))["step_studies"]
-        model = load_run(run, device=device, which="last", place=place)
-        studies = load_studies(config, model.config.image_size)
+        size = read_model_config(run).image_size
     else:
         check_fit(config)
-        studies = load_studies(config, image_size_of(config))
+        size = image_size_of(config)
+    started = time.perf_counter()
+    studies = load_studies(config, size)
+    seconds = time.perf_counter() - started
+    if resuming:
+        model = load_run(run, device=device, which="last", place=place)
+    else:
         model = build_model(config, studies["train"].reports(), device, place)
     check_length(model, config)
     if len({str(part) for part in world.gather(model.tokenizer.encode("the heart is ."))}) > 1:
@@ -141,6 +158,7 @@ def prepare(
     )
     if config.auto_batch and not resuming:
         set_batch_size(session, run)
+    session.seconds["data"] += seconds
     session.features = cached_features(session)
     return session
 
@@ -208,7 +226,8 @@ def training_step(
         if session.features is not None:
             inputs.append((part, None))
             continue
-        batch = next(reader)
+        with session.timed("data"):
+            batch = next(reader)
         failures += batch.failures
         if batch.ids:
             inputs.append((batch.indices, batch))
@@ -238,7 +257,7 @@ def training_step(
     loss, stop = world.total([loss, float(stopped())], session.device)
     if math.isfinite(loss):
         loss = update(session, loss)
-    session.busy += time.perf_counter() - started
+    session.seconds["network"] += time.perf_counter() - started
     return Step(loss, failures, stop > 0)
 
 
@@ -251,6 +270,8 @@ def update(session: Session, loss: float) -> float:
         return math.nan
     session.scaler.step(session.optimizer)
     session.scaler.update()
+    if not torch.isfinite(norm) and session.scaler.get_scale() < 1:
+        return math.nan  # the scaler lowers its scale where they overflow, but here they do not
     return loss
 
 
@@ -326,7 +347,6 @@ def cached_features(session: Session) -> Tensor | None:
         return None
     if config.epochs < 2 or config.bad_images == "skip":
         return None
-    started = time.perf_counter()
     model.eval()
     plan = even_batches(count, config.eval_batch_size)[world.rank :: world.size]
     features = torch.empty(count, tokens, encoder.dim)
@@ -334,13 +354,12 @@ def cached_features(session: Session) -> Tensor | None:
     for batch in batches(
         session.studies["train"], plan, workers=data_workers(config, session.device)
     ):
-        with autocast(session.device, config.precision):
+        with session.timed("network"), autocast(session.device, config.precision):
             images = normalize(batch.images.to(session.device))
             part = model.features(images, batch.view_mask.to(session.device))
             parts.append((batch.indices, part.float().cpu()))
     for indices, part in (item for items in world.gather(parts) for item in items):
         features[indices] = part
-    session.busy += time.perf_counter() - started
     log.info("image features are computed once: %.0f MiB", features.nbytes / 2**20)
     return features
 
@@ -432,6 +451,7 @@ def save(run: Path, session: Session, progress: Progress, *, best: bool = False)
             **progress.state(),
             "processes": world.size,
             "step_studies": session.step_studies,
+            "numerics": numerics(device),
         }
         if session.scaler.is_enabled():
             facts["scaler"] = session.scaler.state_dict()
@@ -476,6 +496,13 @@ def restore(run: Path, session: Session, progress: Progress) -> None:
             "saved by %d processes, going on with %d: still %d studies a step, other dropout",
             before, size, session.step_studies,
         )  # fmt: skip
+    was, now = state.get("numerics", {}), numerics(session.device)
+    changed = [name for name in (was | now) if was and was.get(name) != now.get(name)]
+    if changed:
+        log.info(
+            "saved with %s, going on with %s: no longer the same numbers bit for bit",
+            *(", ".join(f"{name} {of.get(name)}" for name in changed) for of in (was, now)),
+        )
     log.info("going on from step %d", progress.step)
 
 

@@ -41,6 +41,8 @@ class Evaluation:
     references: list[str]
     seconds: float = 0.0
     """That the network took to write them, in this process."""
+    scoring_seconds: float = 0.0
+    """That the scores took."""
     indices: list[int] = field(default_factory=list)
     """Where the studies stand in the data set."""
     predicted: list[Labels] = field(default_factory=list)
@@ -146,6 +148,7 @@ def evaluate_model(
     device: torch.device,
     *,
     train_reports: Sequence[str] | None = None,
+    others: Mapping[str, Mapping[str, str]] | None = None,
     meteor: bool = True,
     bootstrap: int = 0,
     scoring: Scoring | None = None,
@@ -161,6 +164,7 @@ def evaluate_model(
         config: generation settings, batch size, precision, protocol, seed.
         device: where the model is.
         train_reports: for the baselines that a score must be read against.
+        others: further systems' reports of the same studies, by system and id, to be scored beside.
         meteor: whether METEOR (a Java process of some seconds) is wanted.
         bootstrap: resamples for the intervals; 0 for none.
         scoring: what else is scored, and how; None: labels by this project's rules, or the data
@@ -204,6 +208,10 @@ def evaluate_model(
             meteor="auto" if meteor else "off",
             train_reports=train_reports,
             neighbour_reports=options.neighbours,
+            others={
+                name: [texts.get(study, "") for study in written.ids]
+                for name, texts in (others or {}).items()
+            },
             groups=groups,
             per_report=options.per_report,
             **drawn,
@@ -228,13 +236,16 @@ def evaluate_model(
         per_report = scores.pop("per_report", {})
         return scores, {"predicted": predicted, "truth": truth, "per_report": per_report}
 
+    started = time.perf_counter()
     scores, details = world.once(score)
+    scoring_seconds = time.perf_counter() - started
     return Evaluation(
         scores,
         written.ids,
         written.reports,
         references,
         written.seconds,
+        scoring_seconds,
         indices=written.indices,
         **details,
     )

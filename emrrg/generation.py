@@ -187,17 +187,20 @@ def generate_sequences(
     Returns:
         `num_return_sequences` reports a study, study by study, the best first.
     Raises:
-        InputError: prefix and new tokens exceed max_position_embeddings; an end mark outside the
-            vocabulary; a prefix that ends in a pad.
+        InputError: prefix and new tokens exceed max_position_embeddings; an end mark or padding
+            outside the vocabulary; a prefix that is empty or ends in a pad.
         ValueError: shapes disagree.
     """
     config = config or GenerationConfig()
     batch, length = inputs_embeds.shape[:2]
-    for mark in config.end_marks:
+    marks = [("eos_token_id", mark) for mark in config.end_marks]
+    for name, mark in [*marks, ("pad_token_id", config.fill)]:
         if not 0 <= mark < decoder.config.vocab_size:
             raise InputError(
-                f"eos_token_id: {mark} is not below the vocabulary of {decoder.config.vocab_size}"
+                f"{name}: {mark} is not in the vocabulary, 0 to {decoder.config.vocab_size - 1}"
             )
+    if length == 0:
+        raise InputError("inputs_embeds: the prefix is empty; give at least a begin mark")
     if attention_mask is not None and not bool((attention_mask[:, -1] != 0).all()):
         raise InputError("attention_mask: a prefix ends in a pad; put the pads on the left")
     if batch == 0:
@@ -336,7 +339,7 @@ def beam_search(
         scores = logits.reshape(batch * width, vocabulary).float().log_softmax(-1)
         scores = penalise(scores, running[:, :, :step].reshape(batch * width, step), ends, config)
         if config.do_sample:
-            scores = restrict(scores, config, keep=1 + len(config.end_marks))
+            scores = restrict(scores, config, keep=max(2, 1 + len(config.end_marks)))
         total = scores.view(batch, width, vocabulary) + running_score[:, :, None]
         total = total.view(batch, -1)
         if config.do_sample:

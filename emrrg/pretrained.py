@@ -1,8 +1,10 @@
 """The weight files of a Hugging Face folder: where each tensor is, its shape, its values.
 
-``model.safetensors`` or the shards that ``model.safetensors.index.json`` names. Names and shapes
-are known from the headers before any tensor is read; then one file after the other is
-memory-mapped, and closed when its tensors are read. This module knows no model.
+``model.safetensors`` or the shards that ``model.safetensors.index.json`` names; without either
+``pytorch_model.bin`` or the shards of ``pytorch_model.bin.index.json``, read by `emrrg.unpickling`,
+which runs nothing of theirs. Names and shapes are known before any tensor is read; then the tensors
+come one by one, file by file: safetensors from a memory map, those of a ``.bin`` storage by
+storage. This module knows no model.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from torch import Tensor
 
 from emrrg.config import read_json
 from emrrg.errors import InputError
+from emrrg.unpickling import PickledFile, TensorRecord
 
-SAFETENSORS = "model.safetensors"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read
 
 
 class WeightFolder:
@@ -26,8 +29,8 @@ class WeightFolder:
     Args:
         folder: the folder.
     Raises:
-        InputError: no weights, a shard that is missing or cut short, or a tensor that the index
-            promises and its shard lacks (the message names the file).
+        InputError: no weights, a shard that is missing, cut short or hostile, or a tensor that the
+            index promises and its shard lacks (the message names the file).
 
     Attributes:
         paths: tensor name to the file that holds it.
@@ -55,19 +58,29 @@ class WeightFolder:
         for name in names:
             wanted.setdefault(self.paths[name], []).append(name)
         for path, here in wanted.items():
+            if _is_pickled(path):
+                pickled = PickledFile(path)
+                for name in here:
+                    yield name, pickled.tensor(pickled.content[name])
+                continue
             with safe_open(path, framework="pt") as file:
                 for name in here:
                     yield name, file.get_tensor(name)
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a safetensors file, from its header.
+    """Names and shapes of the tensors of a weight file, without their values.
 
     Raises:
-        InputError: it is missing, cut short or not a safetensors file.
+        InputError: it is missing, cut short, hostile, or no file of tensors.
     """
     if not path.exists():
         raise InputError(f"{path}: is missing; the model needs every shard")
+    if _is_pickled(path):
+        content = PickledFile(path).content
+        if not isinstance(content, dict):
+            raise InputError(f"{path}: holds a {type(content).__name__}, not tensors by name")
+        return {n: t.shape for n, t in content.items() if isinstance(t, TensorRecord)}
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
@@ -84,11 +97,16 @@ def shards(folder: Path) -> Mapping[Path, list[str] | None]:
     Raises:
         InputError: there are none.
     """
-    whole, index = folder / SAFETENSORS, folder / f"{SAFETENSORS}.index.json"
-    if whole.exists():
-        return {whole: None}
-    if not index.exists():
-        raise InputError(f"{folder}: holds no {whole.name} and no {index.name}")
+    for name in WEIGHTS:
+        whole, index = folder / name, folder / f"{name}.index.json"
+        if whole.exists():
+            return {whole: None}
+        if index.exists():
+            break
+    else:
+        raise InputError(
+            f"{folder}: holds no weights: no {' and no '.join(WEIGHTS)}, whole or with an index"
+        )
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise InputError(f"{index}: holds no weight_map")
@@ -96,6 +114,10 @@ def shards(folder: Path) -> Mapping[Path, list[str] | None]:
     for name, file in places.items():
         files.setdefault(folder / str(file), []).append(name)
     return files
+
+
+def _is_pickled(path: Path) -> bool:
+    return path.suffix != ".safetensors"
 
 
 def read_folder_config(folder: Path) -> dict[str, Any]:

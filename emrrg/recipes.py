@@ -32,7 +32,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 _PAPER = {
     "lr": 1e-4, "min_lr": 1e-6, "weight_decay": 0.01, "decay_all": True, "schedule": "epoch-cosine",
     "warmup_steps": 0, "grad_clip": 0.0, "seed": 42, "bucket": False,
-    "beta2": 0.999,
+    "beta2": 0.999, "precision": "bf16",
     "repetition_penalty": 2.0, "length_penalty": 2.0,
 }  # fmt: skip
 for _name in ("iu_xray", "mimic_cxr", "chexpert_plus"):

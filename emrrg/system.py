@@ -36,6 +36,11 @@ def memory_bytes() -> int:
     """Peak memory in bytes: allocated on the CUDA device, or else resident in this process."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
+    try:  # Linux; there getrusage begins with what the process that started this one held
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(x.split()[1]) * 1024 for x in file if x.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
     try:
         import resource
     except ImportError:  # Windows
@@ -61,6 +66,18 @@ def available_memory(device: torch.device) -> int | None:
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
+
+
+def numerics(device: torch.device) -> dict[str, str]:
+    """What the last bits of a result depend on, beside the seed."""
+    same = {
+        "torch": torch.__version__,
+        "kernels": choose(None, device, torch.float32, "selective_scan"),
+    }
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device), **same}
+    instructions, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return {"device": f"CPU ({instructions})", "threads": str(threads), **same}
 
 
 def describe_device(device: torch.device) -> str:

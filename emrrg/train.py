@@ -10,6 +10,7 @@ emrrg.train ...`` spreads it over GPUs.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import os
@@ -40,6 +41,7 @@ from emrrg.engine import (
 )
 from emrrg.errors import InputError
 from emrrg.evaluation import (
+    Evaluation,
     StoppedError,
     autocast,
     evaluate_model,
@@ -246,7 +248,7 @@ def train(
                 progress.advance(names, step.loss, lr, sum(lengths[i] for i in studies))
                 hopeless = progress.bad_steps >= config.bad_steps
                 if progress.step % config.save_every == 0 or step.stop or hopeless:
-                    with progress.paused():
+                    with progress.paused(), session.timed("files"):
                         save(run, session, progress)
                         draw_curves(run, progress)
                 if hopeless:
@@ -264,8 +266,9 @@ def train(
                     save(run, session, progress)
                     raise
                 progress.next_epoch()
-                save(run, session, progress, best=best)
-                draw_curves(run, progress)
+                with session.timed("files"):
+                    save(run, session, progress, best=best)
+                    draw_curves(run, progress)
 
     finish(run, session, before, started, stopped, brief)
     return True
@@ -315,29 +318,39 @@ def validate(session: Session, progress: Progress, run: Path, stopped: Stopped) 
         session.model, studies, config, session.device, meteor=False, label="validating",
         world=session.world, stopped=stopped,
     )  # fmt: skip
-    session.busy += result.seconds
+    took(session, result)
     score = selection_score(result.scores, config)
     progress.say(f"epoch {epoch}: validation {format_scores(result.scores)}")
     progress.write({"step": progress.step, "epoch": epoch, "val": result.brief()})
     if session.world.is_main:
-        with writing(run / "samples.md"):
+        with session.timed("files"), writing(run / "samples.md"):
             write_samples(run, result, studies, "validation")
     return progress.judge(score)
 
 
+def took(session: Session, result: Evaluation) -> None:
+    """Count the time of an evaluation."""
+    session.seconds["network"] += result.seconds
+    session.seconds["scoring"] += result.scoring_seconds
+
+
 def scored_before(run: Path, session: Session, stopped: Stopped) -> dict[str, Any]:
-    """Test scores before training; read back where a resumed run has them already."""
-    path, world = run / "scores_before.json", session.world
-    if all(world.gather(path.exists())):
+    """Test scores before training; read back where a resumed run has them already.
+
+    METEOR comes with the scores after it, so that Java starts once (seconds each time).
+    """
+    path, texts, world = run / "scores_before.json", run / "predictions_before.json", session.world
+    if all(world.gather(path.exists() and texts.exists())):
         return read_json(path)
     result = evaluate_model(
-        session.model, session.studies["test"], session.config, session.device,
+        session.model, session.studies["test"], session.config, session.device, meteor=False,
         label="before adaptation", bootstrap=INTERVALS, world=world, stopped=stopped,
     )  # fmt: skip
-    session.busy += result.seconds
+    took(session, result)
     log.info("before adaptation: %s", format_scores(result.scores))
     if world.is_main:
         with writing(path):
+            write_predictions(texts, result)
             write_json(path, result.scores)
     return result.scores
 
@@ -353,12 +366,17 @@ def finish(
     """Score the best weights on the test studies and write the results."""
     config, studies = session.config, session.studies
     load_best(run, session)
+    earlier = {}
+    if before is not None and session.world.is_main:
+        rows = json.loads((run / "predictions_before.json").read_text(encoding="utf-8"))
+        earlier["before"] = {row["id"]: row["hypothesis"] for row in rows}
     result = evaluate_model(
         session.model,
         studies["test"],
         config,
         session.device,
         train_reports=None if brief else studies["train"].reports(),
+        others=earlier,
         meteor=not brief,
         bootstrap=0 if brief else INTERVALS,
         label="testing",
@@ -367,8 +385,16 @@ def finish(
     )
     if not session.world.is_main:
         return
-    busy = session.busy + result.seconds
+    if before is not None:
+        beside = result.scores.pop("others")["before"]
+        before = {**before, **beside, "missing": result.scores["missing"]}
+    took(session, result)
+    with session.timed("files"), writing(run / "scores.json"):
+        write_predictions(run / "predictions.json", result)
+        write_samples(run, result, studies["test"], "test")
+        plot_curves(run / "metrics.jsonl", run / "curves.png")
     seconds = time.monotonic() - started
+    outside = seconds - session.seconds["network"]
     trainable, total = parameter_counts(session.model)
     scores = {
         "after" if before else "test": result.scores,
@@ -380,16 +406,14 @@ def finish(
             "encoder": encoder_size(session.model),
         },
         "seconds": seconds,
-        "seconds_outside_network": seconds - busy,
+        "seconds_outside_network": outside,
+        "seconds_by": session.seconds,
         "peak_memory_bytes": memory_bytes(),
         "device": describe_device(session.device),
         "synthetic": config.dataset == "phantoms",
     }
     with writing(run / "scores.json"):
         write_json(run / "scores.json", scores)
-        write_predictions(run / "predictions.json", result)
-        write_samples(run, result, studies["test"], "test")
-        plot_curves(run / "metrics.jsonl", run / "curves.png")
         mark_finished(run)
     log.info("")
     if before:
@@ -398,10 +422,11 @@ def finish(
     if not brief:
         log.info("constant report: %s", format_scores(result.scores["baselines"]["constant"]))
     log.info(
-        "trained %s of %s parameters (%.2f %%) in %s, %.0f %% of it outside the network; results "
-        "in %s",
+        "trained %s of %s parameters (%.2f %%) in %s, %.0f %% of it outside the network (%s); "
+        "results in %s",
         f"{trainable:,}", f"{total:,}", 100 * trainable / total, clock(seconds),
-        100 * (seconds - busy) / seconds, run,
+        100 * outside / seconds,
+        ", ".join(f"{n} {s:.1f} s" for n, s in session.seconds.items() if n != "network"), run,
     )  # fmt: skip
 
 

@@ -272,9 +272,15 @@ class PickledFile:
             order = f"{self._prefix}byteorder"
             if order in names and archive.read(order) != b"little":
                 raise InputError(f"{self.path}: was written on a big-endian machine")
-            return _Unpickler(io.BytesIO(archive.read(pickles[0])), self.path).load()
+            unpickler = _Unpickler(io.BytesIO(archive.read(pickles[0])), self.path)
+            content = unpickler.load()
+            sizes = {item.filename: item.file_size for item in archive.infolist()}
+            for key, record in unpickler.storages.items():
+                self._expect(record, sizes.get(f"{self._prefix}data/{key}", 0))
+            return content
 
     def _read_stream(self) -> Any:
+        whole = self.path.stat().st_size
         with open(self.path, "rb") as file:
             if _Unpickler(file, self.path).load() != LEGACY_MAGIC:
                 raise InputError(f"{self.path}: is not a PyTorch file")
@@ -290,4 +296,13 @@ class PickledFile:
                 size = count * record.dtype.itemsize
                 self._legacy[str(key)] = (file.tell(), size)
                 file.seek(size, io.SEEK_CUR)
+                self._expect(record, size - max(0, file.tell() - whole))
             return content
+
+    def _expect(self, record: StorageRecord, found: int) -> None:
+        """Refuse a storage of another length than the pickle says, before any is read."""
+        size = record.elements * record.dtype.itemsize
+        if found != size:
+            raise InputError(
+                f"{self.path}: storage {record.key} has {max(0, found)} bytes of {size}; cut short"
+            )

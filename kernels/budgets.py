@@ -203,7 +203,12 @@ def recorded(target: str = "sm_90") -> Iterator[list[Launch]]:
         launches.append(_launch(target, kernel, args, kwargs, grid))
 
     hip = None if target.startswith("sm_") else "6"
-    with mock.patch.object(JITFunction, "run", note), mock.patch("torch.version.hip", hip):
+    capability = divmod(int(target[3:]), 10) if target.startswith("sm_") else (0, 0)
+    with (
+        mock.patch.object(JITFunction, "run", note),
+        mock.patch("torch.version.hip", hip),
+        mock.patch("kernels.implementations.capability", lambda: capability),
+    ):
         yield launches
 
 
@@ -670,7 +675,9 @@ def rows(targets: Sequence[str] = TARGETS) -> list[dict[str, Any]]:
     """Every case on every target; in a process of its own, where the interpreter is off."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "kernels.budgets", "--json", "--targets", *targets]
-    out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    out = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if out.returncode:
+        raise RuntimeError(f"{' '.join(command)}: failed, see above")
     return json.loads(out.stdout)
 
 

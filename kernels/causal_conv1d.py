@@ -201,7 +201,10 @@ def _launch_bwd(
     inverse = torch.empty_like(orders)
     inverse.scatter_(1, orders, torch.arange(length, device=x.device).expand_as(orders))
     # Fewer rows leave registers for more programs; more rows leave fewer parts of dweight to add.
-    sizes = _sizes(dim, 16 if needs[1] or needs[2] else 8)
+    weights = needs[1] or needs[2]
+    sizes = _sizes(dim, 16 if weights else 8)
+    # Two programs fit a multiprocessor; a third would take registers that then are spilled.
+    options = {"maxnreg": 255} if weights and not torch.version.hip else {}
     tiles = batch * triton.cdiv(length, sizes["BLOCK_L"])
     dx = x.new_empty(x.shape) if needs[0] else None
     dweight, dbias = (
@@ -216,7 +219,8 @@ def _launch_bwd(
         orders, inverse, *(x if t is None else t for t in (dx, dweight, dbias)),
         length, dim, *dout.stride(), *x.stride(),
         K=count, W=width, HAS_BIAS=bias is not None, SILU=silu,
-        NEED_X=needs[0], NEED_WEIGHT=needs[1], NEED_BIAS=needs[2], NVIDIA=nvidia(), **sizes,
+        NEED_X=needs[0], NEED_WEIGHT=needs[1], NEED_BIAS=needs[2], NVIDIA=nvidia(),
+        **sizes, **options,
     )  # fmt: skip
     return [
         dx,

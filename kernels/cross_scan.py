@@ -584,7 +584,8 @@ def _launch_fwd(
         u, delta, _tiles(A, sizes["BLOCK_N"], sizes["BLOCK_D"]), B, C, D.contiguous(), z,
         delta_bias.contiguous(), orders.contiguous(), total, out, batch, length, dim,
         *u.stride(), *delta.stride(), *B.stride()[:3], *C.stride()[:3], *z.stride(),
-        K=count, N=state, PARALLEL=parallel, NVIDIA=nvidia(), **sizes, **_registers(160),
+        K=count, N=state, PARALLEL=parallel, NVIDIA=nvidia(), **sizes,
+        **_registers(160 if state <= 16 else 255),
     )  # fmt: skip
     if parallel:
         _launch_gate(total, z, None, out)

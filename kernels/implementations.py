@@ -77,6 +77,11 @@ def nvidia() -> bool:
     return not triton_interpreted() and torch.version.hip is None
 
 
+def capability() -> tuple[int, int]:
+    """Compute capability of the current NVIDIA device; that of an H200 where there is none."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+
+
 def _native_available() -> bool:
     from kernels.scan_cpu import native_available
 

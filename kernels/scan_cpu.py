@@ -47,6 +47,7 @@ def scan_forward(
     flags: Tensor | None,
     delta_softplus: bool,
     reverse: bool,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The selective scan, see `kernels.reference.scan_ref`.
 
@@ -60,13 +61,15 @@ def scan_forward(
         flags: (B, L) uint8 of `kernels.reference.step_flags`.
         delta_softplus: whether the step size passes through softplus.
         reverse: from the last step to the first.
+        kept: `scan_torch.kept_shape`, fp32 or fp64: gets states that save `scan_backward` work;
+            plain torch alone.
     Returns:
         (B, L, D) in u's dtype, and the last state (B, D, N), fp32 or fp64.
     """
     B, C = _same_groups(B, C)
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state, flags, delta_softplus, reverse)
     if not native:
-        return scan_torch.scan_forward(*inputs)
+        return scan_torch.scan_forward(*inputs, kept)
     out = u.new_empty(u.shape)
     last = u.new_empty(u.shape[0], *A.shape, dtype=torch.float32)
     _scan_native(*inputs, out=out, last=last)
@@ -90,6 +93,7 @@ def scan_backward(
     delta_softplus: bool,
     reverse: bool,
     needs: Sequence[bool],
+    kept: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of `scan_forward`.
 
@@ -98,6 +102,7 @@ def scan_backward(
         dout: (B, L, D), the output's gradient; None: zeros.
         dlast: (B, D, N), the last state's; None: zeros.
         needs: which of the nine gradients to compute.
+        kept: what the forward wrote there.
     Returns:
         Gradients of u, delta, A, B, C, D, z, delta_bias, initial_state, each in its input's shape
         and dtype; None where it is not needed.
@@ -115,7 +120,7 @@ def scan_backward(
             dout = u.new_zeros(1).expand(u.shape)
         _scan_native(*inputs, dout=dout, dlast=dlast, grads=grads)
     else:
-        grads = scan_torch.scan_backward(dout, dlast, *inputs, needs)
+        grads = scan_torch.scan_backward(dout, dlast, *inputs, needs, kept)
     return tuple(_as(_of_groups(g, x), x) for g, x in zip(grads, given, strict=True))
 
 

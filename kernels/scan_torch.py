@@ -1,11 +1,13 @@
 """The scans and the convolution of `kernels.scan_cpu` in plain torch, for any CPU and fp64.
 
 States are laid out (groups, samples, steps, N, channels of a group), a chunk of S steps at a time:
-one `exp` for a whole chunk, one `addcmul_` for each step, matrix products for sums over N or D.
+one `exp` for a whole chunk, one `addcmul_` for each step, matrix products for sums.
 Operations on a chunk and on one of its steps share their work among threads in the same way, so a
 core finds in its own cache what it wrote before. What has no states is computed for blocks of many
-chunks. The backward first computes the states before each chunk, then one chunk after the other
-again, from the last. Memory is O(B L (D + N) + B D N), never (B, L, D, N).
+chunks. The backward goes from the last chunk to the first and computes the states of each again,
+from the state before it: one that the forward kept, N / 4 numbers for each (b, l, d), or that a
+first pass computes (the cross scan has four times as many). Memory is O(B L (D + N) + B D N) with
+N / 4 for a constant, never (B, L, D, N).
 
 A cross scan is a scan of K groups of channels, each with its own order of the tokens.
 
@@ -29,6 +31,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -36,10 +39,10 @@ from torch import Tensor
 
 from kernels.reference import RESET, SKIP
 
-CHUNK = 1 << 17  # elements of a chunk of states for each thread: they stay in its cache
+CHUNK = 1 << 18  # elements of a chunk of states for each thread: they stay in its cache
 BLOCK = 1 << 18  # elements without states that are computed at once
 KEPT = 1 << 21  # elements, at most, of a buffer that a thread keeps
-MIN_STEPS = 4  # of a chunk, however large a step is: the loop's overhead, and the states kept
+STEPS = 4  # between states that a forward keeps; a chunk has so many or a multiple
 
 
 def scan_forward(
@@ -55,8 +58,9 @@ def scan_forward(
     flags: Tensor | None,
     delta_softplus: bool,
     reverse: bool,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The output and the last state."""
+    """The output and the last state; `kept`, in `kept_shape`, gets states for `scan_backward`."""
     scan = _scan(u, delta, A, B, C, D, delta_bias, initial_state, flags, delta_softplus, reverse)
     groups = scan.A.shape[0]
     out, last = u.new_empty(u.shape), scan.A.new_empty(u.shape[0], *A.shape)
@@ -64,12 +68,18 @@ def scan_forward(
     out_steps, z_steps = _steps(out, groups), None if z is None else _steps(z, groups)
     for part in scan.parts():
         state = part.of(_state(last, groups))
-        for block, y in _outputs(part.of_scan(scan), state, memory):
+        ours = None if kept is None else part.of(kept)
+        for block, y in _outputs(part.of_scan(scan), state, memory, ours):
             if z_steps is not None:
                 gate = block.cut(part.of(z_steps))
                 y *= torch.ops.aten.silu.out(gate, out=block.room("spare"))
             block.join(block.mask(y), part.of(out_steps))
     return out, last
+
+
+def kept_shape(batch: int, length: int, dim: int, state: int, groups: int) -> tuple[int, ...]:
+    """Of the states before steps STEPS, 2 STEPS, ..., (G, B, ..., N, D / G), in A's precision."""
+    return groups, batch, max(length - 1, 0) // STEPS, state, dim // groups
 
 
 def scan_backward(
@@ -88,8 +98,9 @@ def scan_backward(
     delta_softplus: bool,
     reverse: bool,
     needs: Sequence[bool],
+    kept: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """The nine gradients."""
+    """The nine gradients; without what the forward kept its states are computed once more."""
     scan = _scan(u, delta, A, B, C, D, delta_bias, initial_state, flags, delta_softplus, reverse)
     groups = scan.A.shape[0]
     du, ddelta, dz = (
@@ -104,11 +115,14 @@ def scan_backward(
     memory = _Memory(scan.A)
     for part in scan.parts():
         end = None if end_gradient is None else part.of(end_gradient)
-        backward = _Backward(part.of_scan(scan), part.of_grads(grads), end, memory)
+        ours = None if kept is None else part.of(kept)
+        backward = _Backward(part.of_scan(scan), part.of_grads(grads), end, memory, ours)
         for block in backward.blocks(need_output=dz is not None):
-            dy = block.room("dy").zero_()
+            dy = block.room("dy")
             y = None if dz is None else block.room("y")
-            if dout_steps is not None:
+            if dout_steps is None:
+                dy.zero_()
+            else:
                 dy.copy_(block.cut(part.of(dout_steps)))
             if z_steps is not None:
                 gate = block.cut(part.of(z_steps))
@@ -264,6 +278,11 @@ class _Scan:
     softplus: bool
     reverse: bool
 
+    @cached_property
+    def largest_rate(self) -> float:
+        """Of |A|."""
+        return self.A.abs().max().item() if self.A.numel() else 0.0
+
     def chunk(self) -> int:
         """Elements of a chunk of states."""
         return CHUNK * torch.get_num_threads()
@@ -272,7 +291,7 @@ class _Scan:
         """Ranges of samples and channels of which a few steps' states fit a chunk."""
         groups, batch, _, dim = self.u.shape
         state = self.A.shape[-2]
-        budget = max(1, self.chunk() // max(MIN_STEPS, state // 4))  # elements of a step
+        budget = max(1, self.chunk() // max(STEPS, state // 4))  # elements of a step
         channels = _share(dim, budget // (groups * state))
         samples = _share(batch, budget // max(1, groups * state * channels))
         for sample in range(0, batch, samples):
@@ -283,7 +302,8 @@ class _Scan:
         """The steps of each block in the order of the visit, and the steps of its chunks."""
         groups, batch, length, dim = self.u.shape
         step, state = max(1, groups * batch * dim), self.A.shape[-2]
-        size = min(max(self.chunk() // (step * state), MIN_STEPS, state // 4), max(length, 1))
+        size = max(self.chunk() // (step * state), STEPS, state // 4) // STEPS * STEPS
+        size = min(size, max(length, 1))
         span = size * max(1, min(length, BLOCK // step) // size)
         whole = length // size * size
         edges = [*range(0, whole, span), whole] if whole else [0]
@@ -310,8 +330,8 @@ class _Part:
     channels: slice
 
     def of(self, x: Tensor) -> Tensor:
-        """Of (G, B, L, D), or of a state (G, B, N, D)."""
-        return x[:, self.samples, :, self.channels]
+        """Of (G, B, L, D), of a state (G, B, N, D), or of many of them (G, B, ..., N, D)."""
+        return x[:, self.samples, ..., self.channels]
 
     def of_tokens(self, x: Tensor) -> Tensor:
         """Of (B, L, D)."""
@@ -392,6 +412,7 @@ class _Memory:
         self.like = like
         self.flat: dict[str, Tensor] = vars(_thread).setdefault(str(like.dtype), {})
         self.shaped: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self.chunks: dict[tuple[int, ...], _Chunk] = {}
 
     def room(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A contiguous buffer, the same for the same name; what it held is lost."""
@@ -405,6 +426,70 @@ class _Memory:
                     self.flat[name] = flat
             buffer = self.shaped[name, shape] = flat[:size].view(shape)
         return buffer
+
+    def chunk(self, shape: tuple[int, ...]) -> _Chunk:
+        """Room for a chunk of states, the same for the same shape."""
+        if shape not in self.chunks:
+            self.chunks[shape] = _Chunk(self, shape)
+        return self.chunks[shape]
+
+
+class _Chunk:
+    """Room for the states of a chunk, (G, B, S, N, D), and its views.
+
+    Cutting a view takes about as long as computing in it, so each is cut once.
+
+    Args:
+        memory: where it is put.
+        shape: of the states.
+    """
+
+    def __init__(self, memory: _Memory, shape: tuple[int, ...]) -> None:
+        self.memory, self.shape = memory, shape
+        self.decay, self.states = memory.room("decay", shape), memory.room("states", shape)
+        self.decay_steps, self.states_steps = self.decay.unbind(2), self.states.unbind(2)
+        self.states_matrices = self.states.view(-1, *shape[-2:])
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """For the states' gradients, (G, B, S, N, D)."""
+        return self.memory.room("gradient", self.shape)
+
+    @cached_property
+    def spare(self) -> Tensor:
+        """For products, (G, B, S, N, D)."""
+        return self.memory.room("spare states", self.shape)
+
+    @cached_property
+    def gradient_steps(self) -> tuple[Tensor, ...]:
+        """Each (G, B, N, D)."""
+        return self.gradient.unbind(2)
+
+    @cached_property
+    def gradient_matrices(self) -> Tensor:
+        """(G B S, N, D)."""
+        return self.gradient.view(-1, *self.shape[-2:])
+
+    @cached_property
+    def after_first(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The decays' first step, their other steps, and the states before those."""
+        return self.decay_steps[0], self.decay[:, :, 1:], self.states[:, :, :-1]
+
+    @cached_property
+    def decay_rows(self) -> Tensor:
+        """(G B, S, N D)."""
+        groups, batch, steps, state, dim = self.shape
+        return self.decay.view(groups * batch, steps, state * dim)
+
+    @cached_property
+    def ones(self) -> tuple[Tensor, Tensor]:
+        """A row for each matrix, (G B S, 1, N), and for each sample, (G B, 1, S)."""
+        groups, batch, steps, state, _ = self.shape
+        one = self.decay.new_ones(1, 1, 1)
+        return (
+            one.expand(groups * batch * steps, 1, state).contiguous(),
+            one.expand(groups * batch, 1, steps).contiguous(),
+        )
 
 
 class _Block:
@@ -425,7 +510,6 @@ class _Block:
         groups, batch, _, dim = scan.u.shape
         state = scan.A.shape[-2]
         self.small = (self.count, groups, batch, size, dim)
-        self.large = (groups, batch, size, state, dim)
         self.rows = (self.count, groups, batch, size, state)
         u, before = self.cut(scan.u), self.cut(scan.delta)
         if scan.bias is not None:
@@ -446,26 +530,29 @@ class _Block:
         self.step_u = torch.mul(step, u, out=self.room("step_u"))
         # An exp that underflows takes a hundred times as long.
         self.tiny = torch.finfo(scan.A.dtype).tiny
-        low, high = step.aminmax()
-        self.underflow = bool(max(-low, high) * scan.A.abs().max() > -math.log(self.tiny))
+        low, high = (x.item() for x in step.aminmax())
+        self.underflow = max(-low, high) * scan.largest_rate > -math.log(self.tiny)
+        self.chunk = memory.chunk((groups, batch, size, state, dim))
         # By chunk: B and C as factors of states, and as rows where they depend on the input.
         self.B, self.B_rows = self._coefficients(B, scan.B)
         self.C, self.C_rows = self._coefficients(C, scan.C)
         self.steps = step.unsqueeze(4).unbind()
         self.steps_u = self.step_u.unsqueeze(4).unbind()
 
-    def _coefficients(self, x: Tensor, given: Tensor) -> tuple[Sequence[Tensor], Tensor | None]:
+    def _coefficients(
+        self, x: Tensor, given: Tensor
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor] | None]:
         if x is given and x.ndim == 5:
             return [x] * self.count, None
-        return x.unsqueeze(5).unbind(), x
+        return x.unsqueeze(5).unbind(), self.row_of_each(x)
+
+    def row_of_each(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(chunks, G, B, S, X) as a row for each matrix of states: for each chunk (G B S, 1, X)."""
+        return x.view(self.count, -1, 1, x.shape[-1]).unbind()
 
     def room(self, name: str) -> Tensor:
         """A buffer (chunks, G, B, S, D)."""
         return self.memory.room(name, self.small)
-
-    def large_room(self, name: str) -> Tensor:
-        """A buffer (G, B, S, N, D), for the states of a chunk."""
-        return self.memory.room(name, self.large)
 
     def rows_room(self, name: str) -> Tensor:
         """A buffer (chunks, G, B, S, N)."""
@@ -503,39 +590,47 @@ class _Block:
         """Zero padding steps."""
         return chunks if self.skip is None else chunks.masked_fill_(self.skip, 0.0)
 
-    def decays(self, i: int) -> Tensor:
-        """exp(d A) of chunk i, (G, B, S, N, D), 0 where a sequence begins."""
-        decay = torch.mul(self.steps[i], self.scan.A, out=self.large_room("decay"))
+    def decays(self, i: int) -> None:
+        """Compute exp(d A) of chunk i, 0 where a sequence begins, where the chunk has its room."""
+        decay = torch.mul(self.steps[i], self.scan.A, out=self.chunk.decay)
         if self.underflow:
             decay.clamp_(min=math.log(self.tiny)).exp_()
             torch.threshold_(decay, 2 * self.tiny, 0.0)
         else:
             decay.exp_()
-        return decay if self.reset is None else decay.masked_fill_(self.reset[i], 0.0)
+        if self.reset is not None:
+            decay.masked_fill_(self.reset[i], 0.0)
 
-    def states(self, i: int, before: Tensor) -> tuple[Tensor, Tensor]:
-        """h after each step of chunk i, (G, B, S, N, D), and the decays."""
-        decay = self.decays(i)
-        states = torch.mul(self.B[i], self.steps_u[i], out=self.large_room("states"))
-        for h, a in zip(states.unbind(2), decay.unbind(2), strict=True):
+    def states(self, i: int, before: Tensor) -> None:
+        """Compute h after each step of chunk i, and the decays, where the chunk has its room."""
+        self.decays(i)
+        chunk = self.chunk
+        torch.mul(self.B[i], self.steps_u[i], out=chunk.states)
+        for h, a in zip(chunk.states_steps, chunk.decay_steps, strict=True):
             h.addcmul_(a, before)
             before = h
-        return states, decay
 
-    def output(self, i: int, states: Tensor, out: Tensor) -> None:
-        """<C, h> of chunk i into (G, B, S, D)."""
-        self.sum_states(self.C[i], self.C_rows, i, states, out)
+    def output(self, i: int, out: Tensor) -> None:
+        """<C, h> of chunk i into (G B S, 1, D)."""
+        chunk = self.chunk
+        if self.C_rows is None:
+            spare = torch.mul(
+                chunk.states, self.C[i], out=self.memory.room("spare states", chunk.shape)
+            )
+            torch.sum(spare, 3, out=out.view(spare[:, :, :, 0].shape))
+        else:
+            torch.bmm(self.C_rows[i], chunk.states_matrices, out=out)
 
-    def sum_states(
-        self, x: Tensor, rows: Tensor | None, i: int, states: Tensor, out: Tensor
-    ) -> None:
-        """B or C of chunk i times states, summed over N, into (G, B, S, D)."""
-        if rows is None:
-            torch.sum(torch.mul(states, x, out=self.large_room("spare states")), 3, out=out)
-            return
-        state, dim = states.shape[-2:]
-        matrices = states.view(-1, state, dim)
-        torch.bmm(rows[i].view(-1, 1, state), matrices, out=out.view(-1, 1, dim))
+    def moved(self, i: int, out: Tensor) -> None:
+        """<B, g> of chunk i into (G B S, 1, D)."""
+        chunk = self.chunk
+        if self.B_rows is None:
+            spare = torch.mul(
+                chunk.gradient, self.B[i], out=self.memory.room("spare states", chunk.shape)
+            )
+            torch.sum(spare, 3, out=out.view(spare[:, :, :, 0].shape))
+        else:
+            torch.bmm(self.B_rows[i], chunk.gradient_matrices, out=out)
 
 
 class _Backward:
@@ -546,14 +641,23 @@ class _Backward:
         grads: where its gradients go.
         end: (G, B, N, D), the last state's gradient; None: zeros.
         memory: for blocks.
+        kept: (G, B, ..., N, D) of `_outputs`; None: they are computed again.
     """
 
-    states: Tensor
-    decay: Tensor
-
-    def __init__(self, scan: _Scan, grads: _Grads, end: Tensor | None, memory: _Memory) -> None:
-        self.scan, self.grads, self.memory, g = scan, grads, memory, grads
+    def __init__(
+        self,
+        scan: _Scan,
+        grads: _Grads,
+        end: Tensor | None,
+        memory: _Memory,
+        kept: Tensor | None = None,
+    ) -> None:
+        self.scan, self.grads, self.memory, self.kept, g = scan, grads, memory, kept, grads
         self.carry = torch.zeros_like(scan.start()) if end is None else _copy(end)
+        groups, batch, state, dim = self.carry.shape
+        self.dA = None  # of each sample
+        if g.A is not None:
+            self.dA = self.carry.new_zeros(groups * batch, 1, state * dim)
         self.need_step = g.delta is not None or g.bias is not None
         self.need_decay = self.need_step or g.A is not None
         self.need_moved = self.need_step or g.u is not None
@@ -567,16 +671,24 @@ class _Backward:
         ranges = self.scan.ranges()
         self.need_states |= need_output
         self.starts = [self.scan.start()]  # the state before each chunk
-        if self.need_states:
+        if self.need_states and self.kept is not None:
+            edges = itertools.accumulate(
+                size for steps, size in ranges for _ in range(steps.start, steps.stop, size)
+            )
+            self.starts += [self.kept[:, :, edge // STEPS - 1] for edge in list(edges)[:-1]]
+        elif self.need_states:
             for n, (steps, size) in enumerate(ranges, 1):
                 block = _Block(self.scan, steps, size, self.memory)
                 for i in range(block.count - (n == len(ranges))):
-                    states, _ = block.states(i, self.starts[-1])
-                    self.starts.append(_copy(states[:, :, -1]))
+                    block.states(i, self.starts[-1])
+                    self.starts.append(_copy(block.chunk.states_steps[-1]))
         for steps, size in reversed(ranges):
             yield _Block(self.scan, steps, size, self.memory)
         if self.grads.initial is not None:
             self.grads.initial.copy_(self.carry)
+        if self.grads.A is not None and self.dA is not None:
+            samples = self.dA.view(self.carry.shape)
+            self.grads.A += samples.sum(1)[:, None, None]
 
     def run(self, block: _Block, dy: Tensor, y: Tensor | None) -> None:
         """The gradients of a block.
@@ -586,47 +698,61 @@ class _Backward:
             dy: (chunks, G, B, S, D), the gradient of <C, h> + D u; 0 in padding.
             y: gets <C, h> + D u; None: not needed.
         """
+        grads, rows = self.grads, block.row_of_each
+        dy_steps, dy_rows, step_u_rows = dy.unsqueeze(4).unbind(), rows(dy), rows(block.step_u)
+        outputs = None if y is None else rows(y)
+        moved, powers = rows(block.room("moved")), rows(block.room("powers"))
+        dB, dC = rows(block.rows_room("dB")), rows(block.rows_room("dC"))
+        chunk = block.chunk
         for i in reversed(range(block.count)):
             if self.need_states:
-                self.start = self.starts.pop()
-                self.states, self.decay = block.states(i, self.start)
+                start = self.starts.pop()
+                block.states(i, start)
             elif self.need_gradient:
-                self.decay = block.decays(i)
-            if y is not None:
-                block.output(i, self.states, y[i])
-            self._chunk(block, i, dy[i])
+                block.decays(i)
+            if outputs is not None:
+                block.output(i, outputs[i])
+            if grads.C is not None:
+                self._add_sums(grads.C, dy_steps[i], dy_rows[i], chunk.states, dC[i])
+            if not self.need_gradient:
+                continue
+            self._gradients(block, i, dy_steps[i])
+            if grads.B is not None:
+                self._add_sums(grads.B, block.steps_u[i], step_u_rows[i], chunk.gradient, dB[i])
+            if self.need_moved:
+                block.moved(i, moved[i])
+            if self.need_decay:
+                self._decay_gradients(block, i, start, powers[i])
         if y is not None and self.scan.D is not None:
             y.addcmul_(block.u, self.scan.D)
         self._finish(block, dy)
 
-    def _chunk(self, block: _Block, i: int, dy: Tensor) -> None:
-        """What the states of chunk i are needed for; dy (G, B, S, D)."""
-        grads = self.grads
-        if grads.C is not None:
-            self._add_sums(grads.C, "dC", block, i, dy, self.states)
-        if not self.need_gradient:
-            return
-        gradient = torch.mul(block.C[i], dy[:, :, :, None], out=block.large_room("gradient"))
-        g, a = gradient.unbind(2), self.decay.unbind(2)
-        h = (self.start, *self.states.unbind(2)) if self.need_decay else ()
+    def _gradients(self, block: _Block, i: int, dy: Tensor) -> None:
+        """The states' gradients of chunk i; dy (G, B, S, 1, D)."""
+        chunk = block.chunk
+        torch.mul(block.C[i], dy, out=chunk.gradient)
+        g, a = chunk.gradient_steps, chunk.decay_steps
         g[-1].add_(self.carry)
-        for t in range(len(g) - 1, -1, -1):  # one step is done with while the cache has it
-            given = a[t].mul_(g[t])
-            if t:
-                g[t - 1].add_(given)
-            else:
-                self.carry.copy_(given)
-            if self.need_decay:
-                given.mul_(h[t])  # q
-        if grads.B is not None:
-            self._add_sums(grads.B, "dB", block, i, block.step_u[i], gradient)
-        if self.need_moved:
-            block.sum_states(block.B[i], block.B_rows, i, gradient, block.room("moved")[i])
-        if grads.A is not None:
-            product = torch.mul(self.decay, block.steps[i], out=gradient)
-            grads.A += product.sum((1, 2), keepdim=True)
+        for t in range(len(g) - 1, 0, -1):
+            g[t - 1].addcmul_(a[t], g[t])
+        torch.mul(a[0], g[0], out=self.carry)
+
+    def _decay_gradients(self, block: _Block, i: int, start: Tensor, powers: Tensor) -> None:
+        """What goes through exp(d A) in chunk i; the decays and the gradients are lost.
+
+        Sums are products with ones, which take a third of the time of `sum`.
+        """
+        chunk, (ones_state, ones_step) = block.chunk, block.chunk.ones
+        q = chunk.decay.mul_(chunk.gradient)
+        first, others, before = chunk.after_first
+        first.mul_(start)
+        others.mul_(before)
         if self.need_step:
-            torch.sum(self.decay.mul_(self.scan.A), 3, out=block.room("powers")[i])
+            torch.mul(q, self.scan.A, out=chunk.gradient)
+            torch.bmm(ones_state, chunk.gradient_matrices, out=powers)
+        if self.dA is not None:
+            q.mul_(block.steps[i])
+            self.dA.baddbmm_(ones_step, chunk.decay_rows)
 
     def _finish(self, block: _Block, dy: Tensor) -> None:
         """What needs no states."""
@@ -661,17 +787,15 @@ class _Backward:
         return chunks.sum((0, 2, 3))[:, None, None]
 
     def _add_sums(
-        self, into: Tensor, name: str, block: _Block, i: int, y: Tensor, states: Tensor
+        self, into: Tensor, y: Tensor, y_rows: Tensor, states: Tensor, sums: Tensor
     ) -> None:
-        """y (G, B, S, D) times states: summed over D for `_finish`, or else added to (G, N, D)."""
+        """y (G, B, S, 1, D) times states: summed over D for `_finish`, or added to (G, N, D)."""
         if into.ndim == 5:
-            product = torch.mul(states, y[:, :, :, None], out=block.large_room("spare states"))
-            into += product.sum((1, 2), keepdim=True)
-            return
-        state, dim = states.shape[-2:]
-        # A row times a transposed matrix runs several times as fast as the matrix times a column.
-        matrices = states.view(-1, state, dim).mT
-        torch.bmm(y.view(-1, 1, dim), matrices, out=block.rows_room(name)[i].view(-1, 1, state))
+            spare = torch.mul(states, y, out=self.memory.room("spare states", states.shape))
+            into += spare.sum((1, 2), keepdim=True)
+        else:
+            # A row times a transposed matrix is several times as fast as the matrix times a column.
+            torch.bmm(y_rows, states.view(-1, *states.shape[-2:]).mT, out=sums)
 
 
 def _scan(
@@ -723,16 +847,27 @@ def _cross(
     return _Scan(u, delta, A, B, C, D, delta_bias, None, None, True, False)
 
 
-def _outputs(scan: _Scan, state: Tensor, memory: _Memory) -> Iterator[tuple[_Block, Tensor]]:
-    """<C, h> + D u of each block, (chunks, G, B, S, D); `state` becomes h after the last step."""
-    before = scan.start()
+def _outputs(
+    scan: _Scan, state: Tensor, memory: _Memory, kept: Tensor | None = None
+) -> Iterator[tuple[_Block, Tensor]]:
+    """<C, h> + D u of each block, (chunks, G, B, S, D); `state` becomes h after the last step.
+
+    `kept` (G, B, ..., N, D) gets the states of `scan_forward`.
+    """
+    before, place = scan.start(), 0
     for steps, size in scan.ranges():
         block = _Block(scan, steps, size, memory)
         y = block.room("y")
+        rows = block.row_of_each(y)
         for i in range(block.count):
-            states, _ = block.states(i, before)
-            block.output(i, states, y[i])
-            before.copy_(states[:, :, -1])
+            block.states(i, before)
+            block.output(i, rows[i])
+            before.copy_(block.chunk.states_steps[-1])
+            if kept is not None:
+                for h in block.chunk.states_steps[STEPS - 1 :: STEPS]:
+                    if place < kept.shape[2]:
+                        kept[:, :, place].copy_(h)
+                    place += 1
         yield block, y if scan.D is None else y.addcmul_(block.u, scan.D)
     state.copy_(before)
 
@@ -781,7 +916,7 @@ def _conv_chunks(
     dtype = _precision(x, weight)
     batch, length, dim = x.shape
     width = weight.shape[-1]
-    steps = max(MIN_STEPS, (CHUNK >> 2) // max(1, batch * dim))
+    steps = max(STEPS, (CHUNK >> 2) // max(1, batch * dim))
     for k, order in enumerate(orders):
         taps = weight[k].to(dtype).T.contiguous()  # (W, D)
         for begin in range(0, length, steps):

@@ -12,21 +12,20 @@ last step to the first, with dy_t = dout_t silu(z_t), a_t = exp(d_t A) and g the
     du_t = d_t <B_t, g_t> + D dy_t;             dd_t = u_t <B_t, g_t> + <A, q_t>
     dz_t = dout_t y_t silu'(z_t)
 
-Layout of the kernels. A program has 32 channels of one sequence, one warp, one channel a thread,
-and a thread holds all N states of its channel: a sum over states never leaves the thread, and the
-loop over steps has no barrier. More than 16 states are split over warps. B and C come packed in
-fp32, one row of 2 N numbers a step, read as vectors; 8.6 instructions for each (b, d, l, n) on
-sm_90.
+Layout of the kernels. A program has as many channels of one sequence as a warp has threads, and a
+thread holds all N states of one channel: a sum over states never leaves the thread, and the loop
+over steps has no barrier. More than 16 states are split over warps. B and C come packed in
+fp32, one row of 2 N numbers a step, read as vectors. `kernels.budgets` counts the instructions.
 
 The forward keeps h every `STEPS` steps for the backward: N bytes for each (b, d, l), only where a
 gradient is wanted. The backward goes through pairs of steps, computes the states of a pair again
-and holds them in registers, so each exponential is taken about one and a half times. dB and dC are
-sums over channels: threads fold them over the lanes of a warp (a reduce-scatter, 16 shuffles for 16
+and holds them in registers, so each exponential is taken one and a half times. dB and dC are sums
+over channels: threads fold them over the lanes of a warp (a reduce-scatter, 16 shuffles for 16
 states where `tl.sum` takes 80), each program writes its part and a second kernel adds the parts in
 a fixed order. No atomics: gradients are equal from run to run, bit by bit.
 
-A few long sequences would leave a GPU idle. They are cut into chunks in two passes: first each
-chunk from a state of zero, which gives its last state and the factor that the first one takes,
+A few long sequences would leave a GPU idle. They are cut into chunks, in two passes: first each
+chunk from a state of zero, which gives its last state and the factor that its first one takes,
 then, with the states at all borders known, the scan of every chunk.
 
 Names: B batch, L length, D channels, N states, G groups of channels that share B and C. A step is a
@@ -41,12 +40,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import scan_cpu
+from kernels import implementations, scan_cpu, scan_torch
 from kernels.implementations import choose, nvidia, triton_interpreted
 from kernels.reference import scan_ref, step_flags
 from kernels.triton_math import jit, silu, silu_slope, softplus, softplus_slope, tl, triton
 
-LANES = 32  # channels of a program: a warp, and as many programs as there can be
 STEPS = 4  # of a block: the forward loads them at once, the backward finds the state before them
 FEW_PROGRAMS = 3  # for each multiprocessor; with fewer a scan is cut into chunks
 SHORTEST_CHUNK = 64  # steps; the first pass costs two thirds of the second
@@ -85,10 +83,18 @@ def _put(tile, row, k: tl.constexpr, ROWS: tl.constexpr):
     return tl.where(here[:, None], row[None, :], tile)
 
 
-@jit
-def _across(x, lane, BIT: tl.constexpr):
-    """The values (rows, LANES) of the lanes whose number differs in BIT: shuffles."""
-    return tl.gather(x, tl.broadcast_to((lane ^ BIT)[None, :], x.shape), 1)
+if hasattr(tl, "gather"):  # from Triton 3.3 on
+
+    @jit
+    def _across(x, lane, BIT: tl.constexpr):
+        """The values (rows, LANES) of the lanes whose number differs in BIT: shuffles."""
+        return tl.gather(x, tl.broadcast_to((lane ^ BIT)[None, :], x.shape), 1)
+
+else:  # the compiler looks at names in branches that it does not take
+
+    @jit
+    def _across(x, lane, BIT: tl.constexpr):
+        return x
 
 
 @jit
@@ -170,7 +176,10 @@ def _state_index(lane, NP: tl.constexpr, GATHER: tl.constexpr):
     four = tl.arange(0, Q)[:, None, None]
     if GATHER:
         four = four ^ (lane // 4 % T * (Q // T))[None, None, :]
-    return four * V + tl.arange(0, V)[None, :, None] + (lane * 0)[None, None, :]
+    n = tl.broadcast_to(four * V + tl.arange(0, V)[None, :, None], [Q, V, lane.shape[0]])
+    # What is said of the lanes, here and for other tiles, orders the axes, after the fours: lanes
+    # go along it then. Nothing of these tensors is aligned, so no load becomes wider for it.
+    return tl.max_contiguous(n, [1, V, 2])
 
 
 @jit
@@ -178,7 +187,7 @@ def _place(lane, unit, NP: tl.constexpr, LANES: tl.constexpr):
     """Places of a tile of states in a workspace, in the shape of `_state_index`."""
     V: tl.constexpr = 4 if NP >= 4 else NP
     row = (tl.arange(0, NP // V) * V)[:, None, None] + tl.arange(0, V)[None, :, None]
-    return row * LANES + (lane * unit)[None, None, :]
+    return tl.max_contiguous(row * LANES + (lane * unit)[None, None, :], [1, 1, 2])
 
 
 @jit
@@ -192,7 +201,7 @@ def _channel_states(
     ptr, n, d, stride_n, stride_d, N: tl.constexpr, NP: tl.constexpr, LANES: tl.constexpr
 ):
     """Load (D, N) numbers of the program's channels as a tile (NP, LANES), zeros from N on."""
-    at = ptr + n * stride_n + (d * stride_d)[None, None, :]
+    at = ptr + tl.max_contiguous(n * stride_n + (d * stride_d)[None, None, :], [1, 1, 2])
     return tl.reshape(tl.load(at, mask=n < N, other=0.0).to(tl.float32), [NP, LANES])
 
 
@@ -208,7 +217,7 @@ def _per_channel(ptr, d, LANES: tl.constexpr):
 @jit
 def _steps(row, offset, k, stride_l, mask):
     """Load steps k of a block, (rows, LANES), fp32; offset: of the first; no mask: all."""
-    at = row + (offset[None, :] + k * stride_l)
+    at = row + tl.max_contiguous(offset[None, :] + k * stride_l, [1, 2])
     if mask is None:
         x = tl.load(at)
     else:
@@ -218,7 +227,7 @@ def _steps(row, offset, k, stride_l, mask):
 
 @jit
 def _write_steps(row, offset, x, k, stride_l, mask):
-    at = row + (offset[None, :] + k * stride_l)
+    at = row + tl.max_contiguous(offset[None, :] + k * stride_l, [1, 2])
     tl.store(at, x.to(at.dtype.element_ty), mask=mask)
 
 
@@ -255,7 +264,7 @@ def _row(
 
 
 # fmt: off
-@jit(**_ONCE)
+@jit(do_not_specialize=["L", "groups", "rows"])
 def _pack_kernel(
     B_ptr, C_ptr,
     packed_ptr,  # (B, G, rows, 2, NP) fp32 contiguous, in the order of the scan
@@ -750,11 +759,6 @@ def _backward_kernel(
         a0, h1 = _forward_step(h, step, x, A, reset, B0, 0, 2, FLAGS)
         B1 = _row(fixed_B, packed_at, 1, 0, B_FIXED, NP, LANES)
         a1, h2 = _forward_step(h1, step, x, A, reset, B1, 1, 2, FLAGS)
-        if dz_ptr is not None:
-            y0 = tl.sum(h1 * _row(fixed_C, packed_at, 0, 1, C_FIXED, NP, LANES), 0)
-            y1 = tl.sum(h2 * _row(fixed_C, packed_at, 1, 1, C_FIXED, NP, LANES), 0)
-            y = _put(_put(u, y0, 0, 2), y1, 1, 2) + skip[None, :] * u
-            _write_steps(dz_ptr + out_row, at, dz * y, k, stride_ol, inside)
         if NEED_C:
             if C_FIXED:
                 dC += h1 * dy0
@@ -763,6 +767,11 @@ def _backward_kernel(
                 _write_lane_sums(parts_at + NP, h1 * dy0, lane, True, NP, LANES, GATHER)
                 to = parts_at + (parts_step + NP)
                 _write_lane_sums(to, h2 * dy1, lane, full, NP, LANES, GATHER)
+        if dz_ptr is not None:
+            y0 = tl.sum(h1 * _row(fixed_C, packed_at, 0, 1, C_FIXED, NP, LANES), 0)
+            y1 = tl.sum(h2 * _row(fixed_C, packed_at, 1, 1, C_FIXED, NP, LANES), 0)
+            y = _put(_put(u, y0, 0, 2), y1, 1, 2) + skip[None, :] * u
+            _write_steps(dz_ptr + out_row, at, dz * y, k, stride_ol, inside)
 
         g1 = dy1 * _row(fixed_C, packed_at, 1, 1, C_FIXED, NP, LANES) + carry
         s1 = tl.sum(g1 * _row(fixed_B, packed_at, 1, 0, B_FIXED, NP, LANES), 0)
@@ -771,6 +780,12 @@ def _backward_kernel(
         r1 = tl.sum(q * A, 0)
         if dA_ptr is not None:
             dA += q * _take(step, 1, 2)[None, :]
+        if NEED_B:
+            x1 = _take(x, 1, 2)[None, :]
+            if B_FIXED:
+                dB += g1 * x1
+            else:
+                _write_lane_sums(parts_at + parts_step, g1 * x1, lane, full, NP, LANES, GATHER)
         g0 = dy0 * _row(fixed_C, packed_at, 0, 1, C_FIXED, NP, LANES) + carry
         s0 = tl.sum(g0 * _row(fixed_B, packed_at, 0, 0, B_FIXED, NP, LANES), 0)
         carry = g0 * a0
@@ -780,13 +795,10 @@ def _backward_kernel(
             dA += q * _take(step, 0, 2)[None, :]
         if NEED_B:
             x0 = _take(x, 0, 2)[None, :]
-            x1 = _take(x, 1, 2)[None, :]
             if B_FIXED:
                 dB += g0 * x0
-                dB += g1 * x1
             else:
                 _write_lane_sums(parts_at, g0 * x0, lane, True, NP, LANES, GATHER)
-                _write_lane_sums(parts_at + parts_step, g1 * x1, lane, full, NP, LANES, GATHER)
         if dD_ptr is not None:
             dD += _take(dy, 0, 2) * _take(u, 0, 2)
             dD += _take(dy, 1, 2) * _take(u, 1, 2)
@@ -933,13 +945,18 @@ def _backward_border_kernel(
     tl.store(decay_ptr + tile + place, tl.reshape(decay, place.shape))
 
 
+def _lanes() -> int:
+    """Channels of a program: a warp, so that there are as many programs as there can be."""
+    return 64 if torch.version.hip else 32
+
+
 def _sizes(state: int) -> dict[str, Any]:
     """Of a tile of states: 16 of them in a thread at most, more are split over warps."""
     padded = triton.next_power_of_2(state)
     return {
         "N": state,
         "NP": padded,
-        "LANES": LANES,
+        "LANES": _lanes(),
         "STEPS": STEPS,
         # Triton 3.3 has it; the interpreter is quicker with a sum.
         "GATHER": hasattr(tl, "gather") and not triton_interpreted(),
@@ -951,10 +968,12 @@ def _sizes(state: int) -> dict[str, Any]:
 def _registers(need_A: bool) -> dict[str, int]:
     """Registers a thread of the backward may take, as an option of a launch.
 
-    With 168 three warps fit on a scheduler and all programs of an encoder's batch on an H200 at
-    once. The gradient of A takes 16 more, which then do not fit. AMD's compiler has no such option.
+    With 168 three warps fit on a scheduler, and all programs of an encoder's batch on an H200 at
+    once. The gradient of A takes 16 more, which then do not fit, nor does what the compiler makes
+    for Blackwell. AMD's compiler has no such option.
     """
-    return {} if need_A or torch.version.hip else {"maxnreg": 168}
+    limited = not need_A and not torch.version.hip and implementations.capability() < (10, 0)
+    return {"maxnreg": 168} if limited else {}
 
 
 def _groups(*tensors: Tensor) -> int:
@@ -966,13 +985,13 @@ def _wide(programs: int, padded: int, *tensors: Tensor | None) -> bool:
     given = [x for x in tensors if x is not None]
     length, dim = given[0].shape[1:]
     rows = -(-length // STEPS) * STEPS
-    kept, parts = rows // STEPS * programs * padded * LANES, rows * programs * 2 * padded
+    kept, parts = rows // STEPS * programs * padded * _lanes(), rows * programs * 2 * padded
     spans = ((length - 1) * x.stride(1) + (dim - 1) * x.stride(2) for x in given)
     return max(kept, parts, length * dim, *spans) >= 2**31
 
 
 def _blocks(dim: int, groups: int) -> int:
-    return -(-dim // groups // LANES)
+    return -(-dim // groups // _lanes())
 
 
 def _processors(device: torch.device) -> int:
@@ -993,7 +1012,7 @@ def _chunk(length: int, programs: int, device: torch.device) -> int:
 
 def _kept_shape(batch: int, length: int, dim: int, state: int, groups: int) -> tuple[int, ...]:
     padded = 1 << (state - 1).bit_length()
-    return batch, -(-length // STEPS), groups, _blocks(dim, groups), padded, LANES
+    return batch, -(-length // STEPS), groups, _blocks(dim, groups), padded, _lanes()
 
 
 def _workspace(like: Tensor, *shape: int) -> Tensor:
@@ -1091,7 +1110,7 @@ def _launch_fwd(
 
     if chunks > 1:
         own, decay = (
-            _workspace(u, batch, chunks, groups, blocks, sizes["NP"], LANES) for _ in range(2)
+            _workspace(u, batch, chunks, groups, blocks, sizes["NP"], _lanes()) for _ in range(2)
         )
         launch(out_ptr=None, kept_ptr=None, last_ptr=None, own_ptr=own, decay_ptr=decay)
         border = _join(own, decay, False)
@@ -1165,7 +1184,7 @@ def _launch_bwd(
     border = None
     if chunks > 1:
         border, decay = (
-            _workspace(u, batch, chunks, groups, blocks, sizes["NP"], LANES) for _ in range(2)
+            _workspace(u, batch, chunks, groups, blocks, sizes["NP"], _lanes()) for _ in range(2)
         )
         _backward_border_kernel[(programs * chunks,)](
             dout, dlast, delta, A, fixed_C, packed, z, delta_bias, flags, border, decay,
@@ -1197,7 +1216,8 @@ def _launch_bwd(
         du, ddelta, dz, parts, dA, dB, dC, dD, dbias, dinitial,
         **common, **_named("u", u), stride_Bn=strides_B[0], stride_Bd=strides_B[1],
         ALIKE=len({1, *(x.stride(2) for x in (dout, u, delta, z) if x is not None)}) == 1,
-        NEED_B=wanted["B"], NEED_C=wanted["C"], **sizes, **_registers(wanted["A"]),
+        NEED_B=wanted["B"], NEED_C=wanted["C"], **sizes,
+        **_registers(wanted["A"]),
     )  # fmt: skip
     if dA is not None:
         dA = dA.sum(0).T.to(A.dtype)
@@ -1244,18 +1264,27 @@ def _scan_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *inputs, keep, implementation = args
     if implementation == "triton":
         return _launch_fwd(*inputs, keep)
+    u, delta, A, B, C, *_ = inputs
+    keep = keep and implementation == "torch"
+    shape = scan_torch.kept_shape(*u.shape, A.shape[1], _groups(B, C)) if keep else (0,)
+    kept = u.new_empty(shape, dtype=_precision(u, delta, A, B, C))
     with torch.autocast("cpu", enabled=False):
-        out, last = scan_cpu.scan_forward(implementation == "native", *inputs)
-    return out.contiguous(), last.contiguous(), _workspace(out, 0)
+        out, last = scan_cpu.scan_forward(
+            implementation == "native", *inputs, kept if keep else None
+        )
+    return out.contiguous(), last.contiguous(), kept
 
 
 @_scan_fwd.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     u, delta, A, B, C, *_, keep, implementation = args
-    last = u.new_empty((u.shape[0], *A.shape), dtype=_precision(u, delta, A, B, C))
-    kept = _kept_shape(*u.shape, A.shape[1], _groups(B, C))
-    keep = keep and implementation == "triton"
-    return u.new_empty(u.shape), last, _workspace(u, *kept if keep else (0,))
+    precision = _precision(u, delta, A, B, C)
+    last = u.new_empty((u.shape[0], *A.shape), dtype=precision)
+    sizes = *u.shape, A.shape[1], _groups(B, C)
+    if keep and implementation == "triton":
+        return u.new_empty(u.shape), last, _workspace(u, *_kept_shape(*sizes))
+    shape = scan_torch.kept_shape(*sizes) if keep and implementation == "torch" else (0,)
+    return u.new_empty(u.shape), last, u.new_empty(shape, dtype=precision)
 
 
 @torch.library.custom_op(
@@ -1269,10 +1298,10 @@ def _scan_bwd(*args: Any) -> list[Tensor]:
     if implementation == "triton":
         grads = _launch_bwd(dout, dlast, kept, *inputs, needs)
     else:
+        states = kept if kept.ndim == 5 else None
         with torch.autocast("cpu", enabled=False):
-            grads = list(
-                scan_cpu.scan_backward(implementation == "native", dout, dlast, *inputs, needs)
-            )
+            native = implementation == "native"
+            grads = list(scan_cpu.scan_backward(native, dout, dlast, *inputs, needs, states))
     return [x.contiguous() for x in grads if x is not None]
 
 
@@ -1353,7 +1382,7 @@ def selective_scan(
     The state is fp32 (fp64 where an input is) whatever the inputs are. Gradients flow to every
     tensor of floating point, through the last state too, and are computed only for those that need
     them. On a GPU the forward keeps 1/4 N numbers in fp32 for each (b, d, l) where a gradient is
-    wanted; on the CPU it keeps none.
+    wanted; so does "torch" on the CPU, and "native" keeps none.
 
     Args:
         u, delta: (B, L, D) fp32, fp16 or bf16 (fp64 on the CPU), any strides. delta: before bias
@@ -1558,9 +1587,9 @@ def warmup(
     def room(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=of, device=place, requires_grad=gradients)
 
-    u, delta, z = (room(1, 2 * STEPS + 1, LANES, of=dtype) for _ in range(3))
+    u, delta, z = (room(1, 2 * STEPS + 1, 32, of=dtype) for _ in range(3))
     B, C = (room(1, 2 * STEPS + 1, state) for _ in range(2))
-    A, D, bias = room(LANES, state), room(LANES), room(LANES)
+    A, D, bias = room(32, state), room(32), room(32)
     out = selective_scan(
         u, delta, A, B, C, D, z if gate else None, bias, delta_softplus=delta_softplus
     )

@@ -261,9 +261,29 @@ def test_adapters_of_mambapeft_and_of_hugging_face(tmp_path: Path) -> None:
     name = "llama_model.model.layers.1.self_attn.v_proj.lora_llm.B"
     source = "llama_model.base_model.model.model.layers.1.self_attn.v_proj.lora_B.default.weight"
     assert torch.equal(got[name], state[source])
-    with pytest.raises(InputError, match="does not say its scale"):
+    with pytest.raises(InputError, match="does not say its adapters' scale"):
         read_released_checkpoint(save(tmp_path / "b.pth", state))
     assert read_released_checkpoint(tmp_path / "b.pth", lora_scale=0.1).lora["scale"] == 0.1
+
+
+def test_adapters_of_this_project_in_a_bare_file(tmp_path: Path) -> None:
+    """As the weights of a run's checkpoint lie there: no word about targets, rank or scale."""
+    state = {f"visual_encoder.{n}": t for n, t in encoder_state().items()}
+    state["visual_encoder.layers.1.mixer.in_proj.lora_X.A"] = torch.randn(4, D)
+    state["visual_encoder.layers.1.mixer.in_proj.lora_X.B"] = torch.randn(D, 4)
+    path = tmp_path / "weights.safetensors"
+    write_safetensors(path, state)
+    with pytest.raises(InputError, match=r"lora_X\.A: the file does not say .* --lora-scale"):
+        read_released_checkpoint(path)
+    released = read_released_checkpoint(path, lora_scale=0.5)
+    assert released.lora == {"targets": ["X"], "rank": 4, "scale": 0.5}
+    assert set(released.tensors) == set(state) and not released.unused
+    del state["visual_encoder.layers.1.mixer.in_proj.lora_X.B"]
+    write_safetensors(path, state)
+    with pytest.raises(InputError, match=r"lora_X\.A has no B beside it"):
+        read_released_checkpoint(path)
+    with pytest.raises(InputError, match=r"holds no config\.json; give a \.pth or \.safetensors"):
+        read_released_checkpoint(tmp_path)
 
 
 def test_hybrid_layers_of_the_release(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from emrrg.checkpoint import load_encoder, read_released_checkpoint
-from emrrg.config import ModelConfig, TrainConfig, to_dict
+from emrrg.config import LORA_TARGETS, ModelConfig, TrainConfig, to_dict
 from emrrg.convert import main, patterns
 from emrrg.decoder import DecoderConfig
 from emrrg.errors import InputError
@@ -125,7 +125,10 @@ def test_names_are_listed_by_pattern() -> None:
 
 @pytest.mark.parametrize(
     "targets",
-    [("X",), ("X", "Z"), ("dt_in", "B", "C"), ("x_proj", "dt_proj"), ("out_proj", "patch_embed")],
+    [
+        ("X",), ("X", "Z"), ("dt_in", "B", "C"), ("x_proj", "dt_proj"), ("out_proj", "patch_embed"),
+        tuple(t for t in LORA_TARGETS if t != "llm"),
+    ],
 )  # fmt: skip
 def test_hugging_face_peft_computes_the_same(tmp_path: Path, targets: tuple[str, ...]) -> None:
     peft = pytest.importorskip("peft", reason="Hugging Face PEFT is not installed")

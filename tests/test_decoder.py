@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import subprocess
 import sys
@@ -15,13 +16,17 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from emrrg import building
 from emrrg import decoder as decoder_module
+from emrrg.cache import cache_bytes
+from emrrg.config import TrainConfig
 from emrrg.decoder import Decoder, DecoderConfig
 from emrrg.decoder_config import rope_frequencies
 from emrrg.errors import InputError
 from emrrg.generation import GenerationConfig, generate
 from emrrg.int8 import Int8Linear
 from emrrg.pretrained import WeightFolder
+from emrrg.tokenizer import load_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is the peer of these tests")
 
@@ -275,6 +280,118 @@ def test_old_files_with_rotary_buffers_load(tmp_path):
     assert ours.lm_head is None
 
 
+def as_bin(folder, *, zipped=True):
+    """Turn the safetensors of a folder into the ``.bin`` files of years ago."""
+    for file in folder.glob("*.safetensors"):
+        state = collections.OrderedDict(safetensors.torch.load_file(file))
+        state._metadata = {"": {"version": 1}}
+        name = file.name.replace("model", "pytorch_model", 1).replace("safetensors", "bin")
+        torch.save(state, folder / name, _use_new_zipfile_serialization=zipped)
+        file.unlink()
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        text = index.read_text().replace(".safetensors", ".bin").replace("model-", "pytorch_model-")
+        (folder / "pytorch_model.bin.index.json").write_text(text)
+        index.unlink()
+    return sorted(folder.glob("*.bin"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("shards", [None, 40_000])
+@torch.no_grad()
+def test_bin_files_give_the_same_weights(tmp_path, zipped, shards, monkeypatch):
+    write_folder(tmp_path, shards=shards, dtype=torch.bfloat16)
+    expected = Decoder.from_pretrained(tmp_path).state_dict()
+    files = as_bin(tmp_path, zipped=zipped)
+    assert len(files) > 3 if shards else [f.name for f in files] == ["pytorch_model.bin"]
+    monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("a pickle was run"))
+    got = Decoder.from_pretrained(tmp_path).state_dict()
+    assert list(got) == list(expected)
+    for name, tensor in expected.items():
+        assert got[name].dtype == torch.bfloat16 and torch.equal(got[name], tensor), name
+
+
+class Program:
+    """Opens a file when an ordinary unpickler meets it."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return open, (str(self.mark), "w")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_broken_bin_files_are_named_before_any_tensor_is_read(tmp_path, zipped, monkeypatch):
+    write_folder(tmp_path, shards=40_000)
+    last = as_bin(tmp_path, zipped=zipped)[-1]
+    monkeypatch.setattr(decoder_module, "load_tensor", lambda *a: pytest.fail("it was read"))
+    whole = last.read_bytes()
+    for length in (len(whole) - 40, len(whole) // 2, 10, 0):
+        last.write_bytes(whole[:length])
+        with pytest.raises(InputError, match=rf"{last.name}: .*(cut short|not a PyTorch file)"):
+            Decoder.from_pretrained(tmp_path)
+    torch.save({"x": Program(tmp_path / "mark")}, last, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match=rf"{last.name}: its pickle asks for io\.open"):
+        Decoder.from_pretrained(tmp_path)
+    assert not (tmp_path / "mark").exists()
+    torch.save([1], last, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match=rf"{last.name}: holds a list"):
+        Decoder.from_pretrained(tmp_path)
+    last.unlink()
+    with pytest.raises(InputError, match=rf"{last.name}: is missing"):
+        Decoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2"])
+def test_what_a_config_leaves_out_means_what_it_means_there(family):
+    sizes = {k: SMALL[k] for k in ("vocab_size", "intermediate_size", "num_hidden_layers")}
+    sizes |= {"hidden_size": 256, "num_attention_heads": 32}
+    kind = getattr(transformers, f"{family}Config")
+    bare = {"model_type": kind.model_type, **sizes}
+    if family == "Qwen2":
+        bare["use_sliding_window"] = True
+    expected = DecoderConfig.from_huggingface(kind(**bare).to_dict())
+    assert DecoderConfig.from_huggingface(bare) == expected
+
+
+def test_flags_meet_the_config_before_the_weights_are_read(tmp_path, llama_folder, monkeypatch):
+    folder = llama_folder(tmp_path / "llm")  # three layers, 512 positions
+    pieces = load_tokenizer(folder).vocab_size
+    monkeypatch.setattr(Decoder, "from_pretrained", lambda *a, **k: pytest.fail("it was read"))
+
+    def build(**flags):
+        config = TrainConfig(llm=str(folder), regime="encoder", preset="tiny", **flags)
+        building.build_model(config, [], torch.device("cpu"))
+
+    with pytest.raises(InputError, match=r"--max-new-tokens: 26 image tokens, .* 512 positions"):
+        build(max_new_tokens=500)
+    with pytest.raises(InputError, match=r"--max-report-tokens.* 442 image tokens.* 512 positions"):
+        build(image_size=336)
+    with pytest.raises(InputError, match=r"--hybrid-layers: 3 is not a layer \(0 to 2\)"):
+        build(hybrid_layers=(0, 3))
+    edit_config(folder, vocab_size=pieces - 1)
+    with pytest.raises(InputError, match=rf"--tokenizer: {pieces} pieces, .* {pieces - 1} embed"):
+        build()
+    edit_config(folder, model_type="gpt2")
+    with pytest.raises(InputError, match=r"config\.json: model_type: 'gpt2'"):
+        build()
+
+
+def test_a_model_of_7_billion_in_int8_fits_on_a_card_of_16_gb():
+    config = DecoderConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+        num_attention_heads=32,
+    )  # fmt: skip
+    with torch.device("meta"):
+        decoder = Decoder(config).to(torch.bfloat16).to_int8()
+    size = sum(t.numel() * t.element_size() for t in decoder.state_dict().values())
+    assert 6.9e9 < size < 7.1e9  # 6.48 in the layers, 0.52 in embedding and output
+    # With its keys and values for 16 studies of 5 beams, and the largest matrix as bf16.
+    cache = cache_bytes(config, batch=16, prefix=230, new_tokens=100, width=5, dtype=torch.bfloat16)
+    assert size + cache + 2 * 4096 * 11008 < 16e9
+
+
 def cut_a_shard(folder):
     file = sorted(folder.glob("*.safetensors"))[1]
     file.write_bytes(file.read_bytes()[:-100])
@@ -292,7 +409,7 @@ BROKEN = {
     "bad-json": (lambda f: (f / "config.json").write_text("{"), r"config\.json: is not valid JSON"),
     "no-weights": (
         lambda f: [p.unlink() for p in f.glob("*.safetensors*")],
-        r"holds no model\.safetensors and no model\.safetensors\.index\.json",
+        r"holds no weights: no model\.safetensors and no pytorch_model\.bin",
     ),
     "missing-shard": (
         lambda f: sorted(f.glob("*.safetensors"))[2].unlink(),
@@ -334,6 +451,10 @@ BROKEN = {
     "rope-number": (
         lambda f: edit_config(f, rope_parameters={"rope_type": "llama3", "factor": 4.0}),
         r"rope_scaling: low_freq_factor is missing",
+    ),
+    "quantised": (
+        lambda f: edit_config(f, quantization_config={"quant_method": "awq"}),
+        r"config\.json: quantization_config: quantised weights cannot be read",
     ),
     "no-size": (lambda f: edit_config(f, hidden_size=...), r"hidden_size: None, expected a whole"),
     "heads": (

@@ -43,6 +43,11 @@ emrrg.train.INTERVALS = 10
 emrrg.train.plot_curves = lambda *_: None
 main = emrrg.train.main
 rank = int(os.environ["RANK"])
+if rank:  # process 0 alone writes: in another one these fail
+    emrrg.engine.save_base = emrrg.engine.save_checkpoint = emrrg.engine.write_json = None
+    emrrg.train.write_json = emrrg.train.write_predictions = emrrg.train.write_samples = None
+    emrrg.train.plot_curves = emrrg.train.mark_finished = None
+    emrrg.progress.append_row = emrrg.progress.write_rows = None
 """
 
 
@@ -342,6 +347,29 @@ def test_torchrun(small: list[str], base: Path, tmp_path: Path) -> None:
     assert process.returncode != 0
     assert err.count("another process of this run was ended") <= 1
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+@pytest.mark.slow
+def test_two_machines(small: list[str], base: Path, tmp_path: Path) -> None:
+    """The documented command line on each: here both are this one, with a torchrun each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    machines = [
+        subprocess.Popen(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
+                "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "1",
+                "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1",
+                "-m", "emrrg.train", *small, *DATA, "--batch-size", "2",
+                "--output", str(tmp_path / "run"),
+            ],
+            stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    finish(machines)
+    assert losses(tmp_path / "run") == pytest.approx(losses(base), rel=2e-5)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,31 @@ def test_a_step_is_the_mean_over_all_its_tokens(
         torch.testing.assert_close(parameter.grad, gradient, atol=2e-6, rtol=2e-4, msg=name)
 
 
+def test_another_machine_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Sums come out otherwise with other threads, so a resumed run may differ in the last bits."""
+    made = session(tmp_path)
+    write_json(tmp_path / "config.json", to_dict(CONFIG))
+    progress = Progress(tmp_path, CONFIG, 10, 5, quiet=True)
+    save(tmp_path, made, progress)
+    threads = torch.get_num_threads()
+    assert read_checkpoint(tmp_path, "last").state["numerics"]["threads"] == str(threads)
+    told = []
+    for count in (threads, threads + 1):
+        torch.set_num_threads(count)
+        try:
+            with caplog.at_level("INFO", "emrrg.train"):
+                caplog.clear()
+                restore(tmp_path, made, progress)
+        finally:
+            torch.set_num_threads(threads)
+        told.append([record.getMessage() for record in caplog.records])
+    assert told[0] == ["going on from step 0"]
+    assert told[1][0] == (
+        f"saved with threads {threads}, going on with threads {threads + 1}: no longer the same "
+        "numbers bit for bit"
+    )
+
+
 def test_it_learns_a_batch_by_heart(tmp_path: Path) -> None:
     """Four studies: the loss goes to nothing, and each report comes back word for word."""
     made = session(
@@ -128,6 +154,47 @@ def test_clipping_by_hand(tmp_path: Path) -> None:
     assert norm > 0.5 and update(made, 1.25) == 1.25
     for name, parameter in made.parameters.items():
         torch.testing.assert_close(parameter.grad, before[name] * (0.5 / norm), msg=name)
+
+
+def test_a_scaler_that_cannot_help(tmp_path: Path) -> None:
+    """Gradients that overflow in fp16 halve the scale; where that is no help, the step is bad."""
+    made = session(tmp_path, precision="fp16")
+    before = {n: p.detach().clone() for n, p in made.parameters.items()}
+    scales, told = [], []
+    for _ in range(18):
+        made.scaler.scale(torch.ones(()))  # as a backward pass does: it makes the scale
+        for parameter in made.parameters.values():
+            parameter.grad = torch.full_like(parameter, torch.inf)
+        told.append(update(made, 1.25))
+        scales.append(made.scaler.get_scale())
+    assert scales == [2.0**k for k in range(15, -3, -1)]
+    assert told[:16] == [1.25] * 16 and all(math.isnan(loss) for loss in told[16:])
+    assert all(torch.equal(p, before[n]) for n, p in made.parameters.items())
+
+
+def test_what_is_frozen_takes_no_part_in_autograd(tmp_path: Path) -> None:
+    made = session(tmp_path, cache_features=False)
+    made.parameters = dict(made.model.named_parameters())
+    trained = set(set_regime(made.model, "linear-probe"))
+    seen, features = [], made.model.features
+
+    def watched(*args: Tensor) -> Tensor:
+        seen.append(features(*args))
+        return seen[-1]
+
+    made.model.features = watched  # type: ignore[method-assign]
+    training_step(made, [0, 1, 2], read_steps(made, [[0, 1, 2]]), lambda: False)
+    assert len(seen) == 1 and seen[0].grad_fn is None
+    given = {n for n, p in made.model.named_parameters() if p.grad is not None}
+    assert given == trained
+    # With an encoder that is adapted in its last block alone, nothing before it keeps a graph.
+    set_regime(made.model, "linear-probe")
+    for parameter in made.model.visual_encoder.layers[-1].parameters():
+        parameter.requires_grad_(True)
+    inputs: list[Tensor] = []
+    made.model.visual_encoder.layers[-1].register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
+    made.model.features(torch.zeros(1, 1, 3, 32, 32), torch.ones(1, 1, dtype=torch.bool))
+    assert seen[-1].grad_fn is not None and inputs[0].grad_fn is None
 
 
 def test_features_are_those_of_the_images(tmp_path: Path) -> None:
@@ -214,11 +281,14 @@ def test_the_cpu_is_not_tried_beyond_its_memory(
     assert max(tried) == expected
 
 
-def test_what_is_saved_comes_back(tmp_path: Path) -> None:
-    """Moments, random numbers and counters; and the best weights, which are not the last."""
-    made = session(tmp_path)
-    write_json(tmp_path / "config.json", to_dict(CONFIG))
-    progress = Progress(tmp_path, CONFIG, 10, 5, quiet=True)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_what_is_saved_comes_back(tmp_path: Path, precision: Any) -> None:
+    """Moments, random numbers, counters and the scaler of fp16; and the best weights, which are
+    not the last."""
+    config = dataclasses.replace(CONFIG, precision=precision)
+    made = session(tmp_path, precision=precision)
+    write_json(tmp_path / "config.json", to_dict(config))
+    progress = Progress(tmp_path, config, 10, 5, quiet=True)
     progress.start()
     with progress:
         for k in range(3):
@@ -231,10 +301,13 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
         for name, p in made.parameters.items()
     }
     last = {name: p.detach().clone() for name, p in made.parameters.items()}
-    again = prepare(CONFIG, tmp_path, CPU, World(), resuming=True)
-    counted = Progress(tmp_path, CONFIG, 10, 5, quiet=True)
+    again = prepare(config, tmp_path, CPU, World(), resuming=True)
+    counted = Progress(tmp_path, config, 10, 5, quiet=True)
     seed_everything(99)
     restore(tmp_path, again, counted)
+    if precision == "fp16":
+        assert made.scaler.state_dict()["_growth_tracker"] == 3
+        assert again.scaler.state_dict() == made.scaler.state_dict()
     assert torch.equal(torch.rand(4), draws)
     assert counted.state() == progress.state() and counted.losses == progress.losses
     for name, parameter in again.parameters.items():

@@ -106,6 +106,18 @@ def test_int8_is_the_merged_weights_quantised(adapted: Path, tmp_path: Path) -> 
         torch.testing.assert_close(got.weight_scale, expected.weight_scale)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_the_converter_reads_small_folders(adapted: Path, tmp_path: Path, dtype: str) -> None:
+    main([str(adapted), str(tmp_path / "out"), "--dtype", dtype])
+    assert convert.main([str(tmp_path / "out"), str(tmp_path / "converted")]) == 0
+    before, after = (
+        load_file(tmp_path / name / "weights.safetensors") for name in ("out", "converted")
+    )
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype and torch.equal(after[name], tensor), name
+
+
 def test_other_commands_read_the_folder(
     train: Train, adapted: Path, brief: list[str], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

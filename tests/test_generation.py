@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import warnings
 from pathlib import Path
 
@@ -54,6 +55,8 @@ SAMPLING = [
     {"num_beams": 1, "top_k": 20, "top_p": 0.9, "min_new_tokens": 6},
     {"num_beams": 3, "top_k": 8, "temperature": 1.2},
     {"num_beams": 3, "top_p": 0.8, "num_return_sequences": 2},
+    # Without an end mark two tokens stay possible, not one.
+    {"num_beams": 3, "top_k": 1, "eos_token_id": None},
 ]
 
 
@@ -153,6 +156,48 @@ def test_sampling_equals_transformers_from_the_same_seed(models, prefix, setting
     got = generate(ours, x, mask, config=config)
     assert got == expected
     assert len(set(map(tuple, got))) > 1
+
+
+def draw_settings(rng):
+    """Settings of every kind together, at random."""
+    most, beams = rng.choice([1, 2, 7, 15]), rng.choice([1, 2, 3, 6, 9])
+    settings = {
+        "num_beams": beams,
+        "max_new_tokens": most,
+        "repetition_penalty": rng.choice([1.0, 2.0, 0.8]),
+        "no_repeat_ngram_size": rng.choice([0, 0, 2, 3]),
+        "eos_token_id": rng.choice([2, 2, (2, 3), (1, 3, 4), None]),
+        "do_sample": rng.random() < 0.3,
+    }
+    if settings["eos_token_id"] is not None:
+        settings["min_new_tokens"] = rng.choice([0, min(3, most), most])
+    if settings["do_sample"]:
+        settings["temperature"] = rng.choice([0.5, 1.0, 1.7])
+        settings["top_k"] = rng.choice([0, 4, 9])
+    if beams > 1:
+        settings["length_penalty"] = rng.choice([1.0, 2.0, 0.0, -1.0])
+        settings["early_stopping"] = rng.choice([False, True, "never"])
+        settings["num_return_sequences"] = rng.randint(1, min(3, beams))
+    return settings
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_settings_equal_transformers(models, seed):
+    ours, peer = models
+    rng = random.Random(seed)
+    for _ in range(12):
+        batch, length = rng.choice([1, 2, 3]), rng.choice([1, 2, 9])
+        x = torch.randn(batch, length, 32)
+        mask = torch.ones(batch, length, dtype=torch.long)
+        for row in mask:
+            row[: rng.randrange(length)] = 0
+        settings = draw_settings(rng)
+        torch.manual_seed(seed)
+        expected = peer_reports(peer, x, mask, **settings)
+        torch.manual_seed(seed)
+        static = rng.random() < 0.5
+        got = generate(ours, x, mask, config=GenerationConfig(**settings), static=static)
+        assert got == expected, (settings, mask.tolist())
 
 
 @pytest.mark.parametrize("beams", [1, 4])
@@ -376,8 +421,12 @@ def test_input_that_cannot_be_is_refused_before_any_work(models, prefix, monkeyp
     monkeypatch.setattr(Decoder, "hidden_states", lambda *a, **k: worked.append(1))
     with pytest.raises(InputError, match=r"14 .* and 60 to generate .*max_position_embeddings 64"):
         generate(ours, x, mask, config=GenerationConfig(max_new_tokens=60))
-    with pytest.raises(InputError, match="eos_token_id: 40 is not below the vocabulary of 40"):
+    with pytest.raises(InputError, match="eos_token_id: 40 is not in the vocabulary, 0 to 39"):
         generate(ours, x, mask, config=GenerationConfig(eos_token_id=40))
+    with pytest.raises(InputError, match="pad_token_id: -1 is not in the vocabulary, 0 to 39"):
+        generate(ours, x, mask, config=GenerationConfig(pad_token_id=-1))
+    with pytest.raises(InputError, match="the prefix is empty"):
+        generate(ours, x[:, :0], config=GenerationConfig(max_new_tokens=4))
     with pytest.raises(InputError, match="ends in a pad"):
         generate(ours, x, mask.flip(1), config=GenerationConfig(max_new_tokens=4))
     assert not worked

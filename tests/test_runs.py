@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def test_weights_that_do_not_fit(run: Path, name: str, tensor: Tensor | None, sa
 @pytest.mark.parametrize(
     "file",
     ["base/weights.safetensors", "base/tokenizer.model", "checkpoints/{best}/weights.safetensors",
-     "checkpoints/{best}/state.json"],
+     "checkpoints/{best}/state.json", "checkpoints/{best}/optimizer.safetensors"],
 )  # fmt: skip
 @pytest.mark.parametrize("damage", ["a byte", "half", "gone"])
 def test_a_damaged_file_is_named(run: Path, file: str, damage: str) -> None:
@@ -105,6 +106,37 @@ def checkpoint(run: Path, step: int, *, best: bool = False, keep: int = 1) -> No
 
 def names(run: Path) -> set[str]:
     return {path.name for path in (run / "checkpoints").iterdir() if path.is_dir()}
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file flushed, then the folder renamed, then that flushed, and only then the index."""
+    said: list[str] = []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def flushed(descriptor: int) -> None:
+        said.append(f"flush {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def renamed(old: Path, new: Path) -> None:
+        said.append(f"name {Path(new).name}")
+        rename(old, new)
+
+    def replaced(old: Path, new: Path) -> None:
+        said.append(f"name {Path(new).name}")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "rename", renamed)
+    monkeypatch.setattr(os, "replace", replaced)
+    checkpoint(tmp_path, 1)
+    named, indexed = said.index("name step-000001"), said.index("name index.json")
+    for file in (".weights.safetensors.tmp", ".optimizer.safetensors.tmp", ".state.json.tmp",
+                 ".checksums.json.tmp", ".step-000001.tmp"):  # fmt: skip
+        assert f"flush {file}" in said[:named], (file, said)
+    assert "flush checkpoints" in said[named:indexed] and "flush .index.json.tmp" in said[:indexed]
+    assert "flush checkpoints" in said[indexed:]
 
 
 def test_which_checkpoints_stay(tmp_path: Path) -> None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,7 +30,8 @@ from emrrg.config import TrainConfig, parse_config, run_command
 from emrrg.data.loading import load_studies
 from emrrg.evaluation import selection_score, write_reports
 from emrrg.jsonl import read_rows
-from emrrg.optim import build_optimizer, learning_rate
+from emrrg.metrics import java
+from emrrg.optim import build_optimizer, decays, learning_rate
 from emrrg.recipes import suggest
 from emrrg.runs import load_run, read_index, read_json, read_run_config, state_of
 
@@ -121,7 +126,12 @@ def test_the_default_run_in_small(
     for part in ("before", "after"):
         assert {"BLEU_1", "BLEU_4", "ROUGE_L", "CIDEr", "METEOR", "clinical"} <= set(scores[part])
     assert scores["after"]["baselines"]["constant"]["report"]
-    assert 0 < scores["seconds_outside_network"] < scores["seconds"]
+    # Where the time went: the parts are counted apart, and are no more than the whole.
+    spent = scores["seconds_by"]
+    assert set(spent) == {"network", "data", "scoring", "files"} and min(spent.values()) > 0
+    assert sum(spent.values()) < scores["seconds"]
+    outside = scores["seconds"] - spent["network"]
+    assert scores["seconds_outside_network"] == pytest.approx(outside)
     assert len(json.loads((run / "predictions.json").read_text())) == 4
     # The checkpoint holds what the paper's regime trains, and the base is the source's best.
     new = (".lora_X.", ".cross_attn.", "llama_proj.", "layer_norm.")
@@ -138,6 +148,40 @@ def test_the_default_run_in_small(
         assert text in said, text
 
 
+def test_java_is_started_once_for_before_and_after(
+    trained: Path, brief: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """METEOR's table takes seconds to read; its scores are those of either set of reports."""
+    starts = []
+
+    def counted(sets: Any, **_: Any) -> list[java.Meteor]:
+        starts.append(sets)
+        return [
+            java.Meteor(
+                len(" ".join(texts)) / 1e4, np.zeros(len(texts)), np.zeros((len(texts), 23))
+            )
+            for texts, _ in sets
+        ]
+
+    monkeypatch.setattr(java, "meteor", counted)
+    monkeypatch.setattr(command, "plot_curves", lambda *_: None)
+    run = tmp_path / "run"
+    flags = [*brief, "--init", trained, "--lr", 0.1, "--output", run]
+    assert command.main([str(flag) for flag in flags]) == 0
+    assert len(starts) == 1
+    scores = read_json(run / "scores.json")
+    for part, name in (("before", "predictions_before.json"), ("after", "predictions.json")):
+        texts = [row["hypothesis"] for row in json.loads((run / name).read_text())]
+        assert scores[part]["METEOR"] == len(" ".join(texts)) / 1e4
+        assert {"METEOR", "CIDEr"} <= set(scores[part]["intervals"])
+        assert not scores[part]["missing"]
+    assert scores["before"]["METEOR"] != scores["after"]["METEOR"]
+    assert f"test before: BLEU-4 0.000  METEOR {scores['before']['METEOR']:.3f}" in (
+        capsys.readouterr().out
+    )
+
+
 def test_the_bar_on_a_terminal(
     train: Train, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -145,7 +189,9 @@ def test_the_bar_on_a_terminal(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert train(*small, "--output", tmp_path / "run") == 0
     captured = capsys.readouterr()
-    assert "6/6" in captured.err and "studies/s" in captured.err and "tokens/s" in captured.err
+    last = captured.err.replace("\n", "\r").split("6/6")[-1].split("\r")[0]
+    for text in ("00:00", "loss ", "lr 1.47e-04", "studies/s", "tokens/s", "GiB"):
+        assert text in last, (text, last)
     assert "step 3/6" not in captured.out  # no plain lines beside it
     assert "epoch 2: validation BLEU-4" in captured.out
 
@@ -460,6 +506,11 @@ def test_the_papers_recipes(
     assert (config.repetition_penalty, config.length_penalty) == (2.0, 2.0)
     assert (config.select_bleu4, config.select_cider) == (0.8, 0.2)
     assert config.decay_all and not config.bucket and config.dataset == recipe
+    assert (config.beta2, config.precision, config.schedule) == (0.999, "bf16", "epoch-cosine")
+    assert (config.lora_targets, config.lora_rank, config.lora_scale) == (("X",), 16, 1.0)
+    with_llm = ("--annotation", "a.json", "--images", "d", "--vision-checkpoint", "e", "--llm", "l")
+    adapted = parse("--recipe", recipe, *with_llm)
+    assert (adapted.regime, adapted.hybrid_every) == ("peft", 8)
 
 
 def test_the_papers_cosine_by_hand() -> None:
@@ -509,6 +560,31 @@ def test_what_decays(trained: Path) -> None:
     assert decayed(TrainConfig(weight_decay=0.05)) == expected
     assert any("in_proj" in n for n in expected) and any("conv1d" in n for n in expected)
     assert decayed(TrainConfig(weight_decay=0.05, decay_all=True)) == set(parameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("visual_encoder.layers.0.mixer.in_proj.lora_X.A", (4, 8), True),
+        ("visual_encoder.layers.0.mixer.in_proj.lora_X.B", (8, 4), True),
+        ("visual_encoder.layers.0.mixer.conv1d_c.weight", (8, 1, 4), True),
+        ("visual_encoder.layers.0.mixer.A_c_b_log", (8, 16), False),
+        ("visual_encoder.layers.0.mixer.D_c", (8,), False),
+        ("visual_encoder.layers.0.mixer.dt_proj_b.bias", (8,), False),
+        ("visual_encoder.layers.0.norm1.weight", (8,), False),
+        ("visual_encoder.cls_token", (1, 1, 8), False),
+        ("visual_encoder.pos_embed", (1, 5, 8), False),
+        ("visual_encoder.peft_affix.tokens", (2, 3, 8), False),
+        ("visual_encoder.layers.0.mixer.peft_delta_A", (4, 8, 16), True),
+        ("llama_model.model.layers.0.cross_attn.kv_proj.weight", (8, 8), True),
+        ("llama_model.model.layers.0.cross_attn.gate.scale", (8,), False),
+        ("llama_model.model.norm.weight", (8,), False),
+    ],
+)
+def test_decay_by_name(name: str, shape: tuple[int, ...], expected: bool) -> None:
+    assert decays(name, torch.zeros(shape)) == expected
+    groups = build_optimizer(TrainConfig(), {name: torch.zeros(shape)}).param_groups
+    assert (groups[0]["weight_decay"] > 0) == expected
 
 
 def test_selection_and_early_stopping(
@@ -596,6 +672,17 @@ def test_deterministic(train: Train, small: list[str], trained: Path, tmp_path: 
     assert_same_bits(weights(tmp_path / "run"), weights(trained))
 
 
+@pytest.mark.gpu
+def test_same_bits_on_a_gpu(train: Train, small: list[str], tmp_path: Path) -> None:
+    try:
+        for name in ("one", "two"):
+            flags = ["--device", "cuda", "--deterministic", "--output", tmp_path / name]
+            assert train(*small, *flags) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
 @pytest.mark.slow
 def test_compiled(train: Train, small: list[str], trained: Path, tmp_path: Path) -> None:
     flags = [*small, "--compile", "--drop-path", 0]
@@ -613,9 +700,63 @@ def test_a_dry_run_leaves_nothing(
     assert train(*brief, "--init", trained, "--dry-run") == 0
     assert not list(tmp_path.iterdir())
     said = capsys.readouterr().out
-    for text in ("dry run: loss", "a step takes", "an epoch of 3 steps takes about", "GiB",
-                 "reports/s; the first:", "adapters X"):  # fmt: skip
+    for text in ("dry run: loss", "GiB", "reports/s; the first:", "adapters X"):
         assert text in said, text
+    # The time is that of the second step: the first one also builds what is built once.
+    real, wait = command.training_step, iter([0.9, 0.4])
+
+    def step(*args: Any) -> Any:
+        time.sleep(next(wait))
+        return real(*args)
+
+    monkeypatch.setattr(command, "training_step", step)
+    assert train(*small, "--train-studies", 400, "--epochs", 3, "--dry-run") == 0
+    said = capsys.readouterr().out
+    found = re.search(
+        r"a step takes ([\d.]+) s \(the first ([\d.]+) s\)\n"
+        r"an epoch of 100 steps takes about (\d+):(\d+), 3 epochs (\d+):(\d+) ",
+        said,
+    )
+    assert found, said
+    seconds, first, *clocks = map(float, found.groups())
+    epoch, whole = (60 * clocks[k] + clocks[k + 1] for k in (0, 2))
+    assert seconds >= 0.4 and first >= 0.9
+    assert epoch == pytest.approx(100 * seconds, abs=1.1) and whole == pytest.approx(
+        3 * epoch, abs=2
+    )
+
+
+def test_curves_are_drawn_as_it_goes(
+    train: Train, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, steps = tmp_path / "run", []
+
+    def draw(metrics: Path, path: Path) -> None:
+        assert path == run / "curves.png"
+        steps.append(max(row["step"] for row in read_rows(metrics)))
+
+    monkeypatch.setattr(command, "plot_curves", draw)
+    flags = [*small, "--save-every", 2]
+    monkeypatch.setattr("emrrg.progress.PICTURES", 0.0)
+    assert train(*flags, "--output", run, pictures=True) == 0
+    assert steps == [2, 3, 4, 6, 6, 6]  # at each checkpoint, and when all is done
+    # A picture takes half a second, so a minute passes before the next.
+    run, steps = tmp_path / "other", []
+    monkeypatch.setattr("emrrg.progress.PICTURES", 60.0)
+    assert train(*flags, "--output", run, pictures=True) == 0
+    assert steps == [2, 6]
+
+
+def test_samples_show_what_was_written(trained: Path) -> None:
+    text = (trained / "samples.md").read_text()
+    predictions = json.loads((trained / "predictions.json").read_text())
+    assert text.startswith("# Samples: test") and text.count("**generated**") == 4
+    for k, row in enumerate(predictions, 1):
+        assert f"## {row['id']} (synthetic)" in text
+        assert f"**reference**: {row['reference']}\n" in text
+        assert f"**generated**: {row['hypothesis']}\n" in text
+        with Image.open(trained / "samples" / f"test-{k}.png") as image:
+            assert image.size == (32, 32)
 
 
 def test_auto_batch(

@@ -23,7 +23,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, Protocol
@@ -112,6 +112,7 @@ def score_reports(
     meteor: Literal["auto", "require", "off"] = "auto",
     train_reports: Sequence[str] | None = None,
     neighbour_reports: Sequence[str] | None = None,
+    others: Mapping[str, Sequence[str]] | None = None,
     tokenizer: SubwordTokenizer | None = None,
     min_count: int = 3,
     per_report: bool = False,
@@ -136,6 +137,8 @@ def score_reports(
         train_reports: reports of the training part, for the constant-report baselines.
         neighbour_reports: for each study the report of the training image nearest to its own,
             for the nearest-neighbour baseline.
+        others: reports of further systems, by name, one a study. METEOR's Java program, which
+            takes seconds to start, is started once for all.
         tokenizer: of the language model, for the r2gengpt protocol.
         min_count: r2gen protocol: rarer words are unknown (3 for IU X-ray, 10 for MIMIC-CXR).
         per_report: add the scores of every study, under "per_report".
@@ -150,7 +153,8 @@ def score_reports(
         intervals: name to [low, high]; bootstrap: how they were drawn. Empty without.
         baselines: constant (the better of the training reports that are most frequent or most
         central, chosen on training reports), most_frequent, nearest_neighbour: each "report"
-        (not the last) with the same scores and intervals.
+        (not the last) with the same scores and intervals. others: name to the same,
+        where there are any.
     Raises:
         InputError: no pairs, unequal numbers, an unknown option, max_tokens missing, or Java
             missing where it is required.
@@ -168,17 +172,26 @@ def score_reports(
     if neighbour_reports is not None:
         check_pairs(neighbour_reports, references, "neighbour_reports")
         systems["nearest_neighbour"] = [_collapse(text) for text in neighbour_reports]
+    beside = {f"other {name}": name for name in others or {}}
+    for key, name in beside.items():
+        check_pairs((others or {})[name], references, f"others[{name!r}]")
+        systems[key] = [_collapse(text) for text in (others or {})[name]]
 
     statistics, reason = _statistics(systems, cut, tokenization, meteor, timeout)
     result: dict[str, Any] = {"METEOR": None, **_scored(statistics[""], bootstrap, seed)}
     result = {name: result[name] for name in (*SCORES, "intervals")}
     baselines = {}
     for name, own in statistics.items():
-        if name:
+        if name and name not in beside:
             text = {} if name == "nearest_neighbour" else {"report": systems[name][0]}
             baselines[name] = {**text, "METEOR": None, **_scored(own, bootstrap, seed)}
     result["bootstrap"] = _describe_bootstrap(bootstrap, seed)
     result["baselines"] = baselines
+    if beside:
+        result["others"] = {
+            name: {"METEOR": None, **_scored(statistics[key], bootstrap, seed)}
+            for key, name in beside.items()
+        }
     result["groups"] = {
         column: {
             value: {"pairs": len(rows), "METEOR": None}

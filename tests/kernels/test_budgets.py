@@ -1,12 +1,13 @@
 """What the kernels' machine code may cost, compiled for GPUs that need not be here.
 
-Counts of instructions hold for the Triton that they were pinned with; elsewhere only compiling,
-registers, spills and shared memory are checked.
+Counts and spills hold for the Triton that they were pinned with; with another one every kernel must
+still compile for every target and fit its shared memory.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -39,21 +40,16 @@ FORWARD = (
 # Instructions per (b,d,l,n) on sm_90: what was reached, rounded up.
 REACHED: dict[tuple[str, str], float] = {
     (f"{SCAN}._forward_kernel", "gate, softplus, skip"): 8.46,
-    (f"{SCAN}._forward_kernel", "the same, for training"): 9.33,
+    (f"{SCAN}._forward_kernel", "the same, for training"): 9.24,
     (f"{SCAN}._forward_kernel", "packed or padded sequences"): 9.08,
     (f"{SCAN}._forward_kernel", "a long sequence's chunks, first pass"): 6.05,
-    (f"{SCAN}._backward_kernel", "base frozen"): 30.63,
-    (f"{SCAN}._backward_kernel", "every gradient"): 29.02,
+    (f"{SCAN}._backward_kernel", "base frozen"): 30.32,
+    (f"{SCAN}._backward_kernel", "every gradient"): 28.74,
     (f"{SCAN}._backward_border_kernel", "a long sequence's chunks, first pass"): 7.55,
     (f"{CROSS}._cross_scan_fwd_kernel", "forward"): 8.71,
     (f"{CROSS}._cross_scan_bwd_kernel", "base frozen"): 29.85,
     (f"{CROSS}._cross_scan_bwd_kernel", "every gradient"): 33.35,
 }
-# Bytes that the pinned Triton spills, two registers of a thread. Nothing else may.
-SPILLS: dict[tuple[str, str, str], int] = {
-    (f"{SCAN}._backward_kernel", "base frozen", "sm_100"): 8,
-}
-
 Rows = dict[tuple[str, str, str], dict[str, Any]]
 
 
@@ -82,9 +78,8 @@ def test_every_kernel_compiles_for_every_target(rows: Rows) -> None:
     assert len(rows) == len(budgets.CASES) * len(budgets.TARGETS)
 
 
-def test_no_kernel_spills(rows: Rows) -> None:
-    spilled = {key: r["spills"] for key, r in rows.items() if r["spills"]}
-    assert spilled == SPILLS if triton.__version__ == PINNED else set(spilled) <= set(SPILLS)
+def test_no_kernel_spills(rows: Rows, counted: None) -> None:
+    assert not {key: r["spills"] for key, r in rows.items() if r["spills"]}
 
 
 def test_shared_memory_suffices_on_every_target(rows: Rows) -> None:
@@ -239,8 +234,6 @@ except ValueError as error:
 
 
 def run_without_interpreter(script: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    import os
-
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": str(PAGE.parents[1])}
     return subprocess.run(

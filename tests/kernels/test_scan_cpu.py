@@ -198,11 +198,18 @@ def run(
     dout: Tensor | None,
     dlast: Tensor | None,
     needs: Sequence[bool] = (True,) * 9,
+    keep: bool = False,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
-    """Forward and backward of an implementation."""
+    """Forward and backward of an implementation; keep: plain torch's backward gets the states."""
     rest = (*inputs, flags, case.softplus, case.reverse)
-    forward = scan_cpu.scan_forward(native, *rest)  # type: ignore[arg-type]
-    return forward, scan_cpu.scan_backward(native, dout, dlast, *rest, needs)  # type: ignore[arg-type]
+    kept = None
+    if keep:
+        sizes = case.batch, case.length, case.dim, case.state
+        groups = max(t.shape[2] if t.ndim == 4 else 1 for t in inputs[3:5] if t is not None)
+        precision = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32  # type: ignore[union-attr]
+        kept = torch.full(scan_torch.kept_shape(*sizes, groups), torch.nan, dtype=precision)
+    forward = scan_cpu.scan_forward(native, *rest, kept)  # type: ignore[arg-type]
+    return forward, scan_cpu.scan_backward(native, dout, dlast, *rest, needs, kept)  # type: ignore[arg-type]
 
 
 def upstream(case: Case) -> tuple[Tensor, Tensor]:
@@ -220,11 +227,12 @@ def check(native: bool, case: Case) -> None:
     out, last = reference(truth, flags, case)
     dout, dlast = upstream(case)
     expected = gradients([out, last], truth, [dout, dlast])
-    (our_out, our_last), ours = run(native, case, low, flags, dout, dlast)
-    compare("out", our_out, out)
-    compare("last state", our_last, last)
-    for name, gradient, true in zip(SCAN, ours, expected, strict=True):
-        compare(f"gradient of {name}", gradient, true)
+    for keep in (False,) if native else (False, True):
+        (our_out, our_last), ours = run(native, case, low, flags, dout, dlast, keep=keep)
+        compare("out", our_out, out)
+        compare("last state", our_last, last)
+        for name, gradient, true in zip(SCAN, ours, expected, strict=True):
+            compare(f"gradient of {name}, states kept: {keep}", gradient, true)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -238,7 +246,7 @@ def test_torch_in_small_pieces(monkeypatch: pytest.MonkeyPatch, name: str) -> No
     """Ranges of samples and of channels, blocks and chunks, with a rest in each."""
     monkeypatch.setattr(scan_torch, "CHUNK", 300)
     monkeypatch.setattr(scan_torch, "BLOCK", 500)
-    monkeypatch.setattr(scan_torch, "MIN_STEPS", 3)
+    monkeypatch.setattr(scan_torch, "STEPS", 3)
     check(False, CASES[name])
 
 
@@ -715,7 +723,7 @@ def test_conv(native: bool, name: str, width: int, bias: bool, silu: bool) -> No
 def test_torch_conv_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces shorter than the taps reach."""
     monkeypatch.setattr(scan_torch, "CHUNK", 100)
-    monkeypatch.setattr(scan_torch, "MIN_STEPS", 2)
+    monkeypatch.setattr(scan_torch, "STEPS", 2)
     test_conv(False, "2x3-cls", 5, True, True)
 
 
