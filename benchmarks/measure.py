@@ -17,7 +17,8 @@ from benchmarks.work import Case, Contender, Work, errors
 
 SECONDS = {"smoke": 0.0, "default": 2.0, "full": 20.0}  # of timed rounds
 ROUNDS = {"smoke": (1, 1), "default": (3, 30), "full": (5, 100)}  # fewest, most
-SLOW = 10.0  # seconds a call above which it is timed twice, above three times that once
+# Seconds a call above which it is timed twice, above three times that once.
+SLOW = {"smoke": 4.0, "default": 4.0, "full": 10.0}
 WARM_LIMIT = 5.0  # seconds a call above which memory is measured without a call before
 QUEUE = 2e-2  # seconds of calls in a round on CUDA, so that launches hide behind the work
 
@@ -135,8 +136,8 @@ def rounds_for(size: str, once: float) -> tuple[int, int]:
     if size == "smoke":
         return fewest, 1
     iterations = max(1, min(1000, math.ceil(QUEUE / once))) if torch.cuda.is_available() else 1
-    if once > SLOW:
-        return (1 if once > 3 * SLOW else 2), 1
+    if once > SLOW[size]:
+        return (1 if once > 3 * SLOW[size] else 2), 1
     return max(fewest, min(most, math.ceil(SECONDS[size] / (once * iterations)))), iterations
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import math
 import random
@@ -43,7 +44,7 @@ from emrrg.runs import (
     save_checkpoint,
     write_json,
 )
-from emrrg.system import available_memory, memory_bytes, numerics
+from emrrg.system import available_memory, memory_bytes, numerics, out_of_memory
 from emrrg.vision import PatchConv
 
 log = logging.getLogger("emrrg.train")
@@ -312,12 +313,6 @@ def backward(
     return float(loss.detach()) * weight if indices else 0.0
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on whatever device."""
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
-
-
 def does_not_fit(session: Session, indices: Sequence[int], batch: Batch | None) -> str:
     """The batch that memory ran out with, and what to do."""
     names = session.studies["train"].ids()
@@ -452,6 +447,7 @@ def save(run: Path, session: Session, progress: Progress, *, best: bool = False)
             "processes": world.size,
             "step_studies": session.step_studies,
             "numerics": numerics(device),
+            "training_data": fingerprint(session),
         }
         if session.scaler.is_enabled():
             facts["scaler"] = session.scaler.state_dict()
@@ -503,7 +499,17 @@ def restore(run: Path, session: Session, progress: Progress) -> None:
             "saved with %s, going on with %s: no longer the same numbers bit for bit",
             *(", ".join(f"{name} {of.get(name)}" for name in changed) for of in (was, now)),
         )
+    if state.get("training_data", fingerprint(session)) != fingerprint(session):
+        log.info("the training studies or their reports are not those that it was saved with")
     log.info("going on from step %d", progress.step)
+
+
+def fingerprint(session: Session) -> str:
+    """A hash of the training studies' names and reports, in their order."""
+    told = hashlib.sha256()
+    for name, row in zip(session.studies["train"].ids(), session.rows, strict=True):
+        told.update(f"{name} {row}\n".encode())
+    return told.hexdigest()
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from emrrg.metrics.clinical import Labels, score_comparisons, score_policies, sc
 from emrrg.model import ReportGenerator
 from emrrg.runs import generation_of, write_json
 from emrrg.scoring import Scoring, known_labels
+from emrrg.system import out_of_memory
 
 SAMPLES = 8  # studies shown in samples.md
 MIN_COUNTS = {"mimic_cxr": 10}
@@ -118,11 +119,21 @@ def write_reports(
             failures += batch.failures
             started = time.perf_counter()
             if batch.ids:
-                images = normalize(batch.images.to(device))
-                with autocast(device, config.precision):
-                    reports = model.generate_batch(
-                        images, batch.view_mask.to(device), generation_of(config)
-                    )
+                try:
+                    images = normalize(batch.images.to(device))
+                    with autocast(device, config.precision):
+                        reports = model.generate_batch(
+                            images, batch.view_mask.to(device), generation_of(config)
+                        )
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    raise InputError(
+                        f"--eval-batch-size: reports of {len(batch.ids)} studies "
+                        f"({', '.join(batch.ids[:4])}, ...) do not fit into the memory of {device} "
+                        f"with {config.beams} beams; try a smaller --eval-batch-size, fewer "
+                        "--beams, --precision bf16, or --llm-int8"
+                    ) from error
                 for index, name, report in zip(batch.indices, batch.ids, reports, strict=True):
                     written[index] = (name, report)
             busy += time.perf_counter() - started
@@ -315,4 +326,6 @@ def write_samples(folder: Path, result: Evaluation, studies: Studies, title: str
             f"**generated**: {result.hypotheses[i]}", "",
         ]  # fmt: skip
     lines.append("Generated text, for research only: not a diagnosis.")
-    (folder / "samples.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    temporary = folder / ".samples.md.tmp"  # a kill leaves the page before it
+    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    temporary.replace(folder / "samples.md")

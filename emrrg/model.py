@@ -28,6 +28,7 @@ from emrrg.config import ModelConfig
 from emrrg.data.dataset import collate_views
 from emrrg.data.images import load_image, normalize
 from emrrg.decoder import Decoder, DecoderConfig
+from emrrg.errors import InputError
 from emrrg.generation import GenerationConfig, generate
 from emrrg.lora import add_lora
 from emrrg.peft import PeftSettings, active_methods, adapter_parameter_names, add_peft
@@ -237,12 +238,19 @@ class ReportGenerator(nn.Module):
 
         Args:
             studies: for each study the paths of its views (PNG, JPEG, DICOM, ...).
-            **settings: fields of `GenerationConfig` to change, such as ``num_beams=1``.
+            **settings: fields of `GenerationConfig` to change, such as ``num_beams=1``; end and
+                padding marks are the tokenizer's.
         Returns:
-            One report a study.
+            `num_return_sequences` reports a study (1 where it is not asked for), study by study.
         Raises:
-            InputError: an image is missing or broken (the message names it).
+            InputError: an image is missing or broken (the message names it), or a setting that
+                does not exist or cannot be.
         """
+        fields = {f.name for f in dataclasses.fields(GenerationConfig)}
+        for name in settings:
+            if name not in fields - {"eos_token_id", "pad_token_id"}:
+                why = "is the tokenizer's to say" if name in fields else "is no such setting"
+                raise InputError(f"{name}: {why}")
         training = self.training
         self.eval()
         try:

@@ -68,6 +68,12 @@ def available_memory(device: torch.device) -> int | None:
         return None
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
+
+
 def numerics(device: torch.device) -> dict[str, str]:
     """What the last bits of a result depend on, beside the seed."""
     same = {

@@ -426,9 +426,10 @@ def test_the_interpreter_is_never_timed():
 def test_slow_calls_are_repeated_less():
     assert measure.rounds_for("smoke", 1e-6) == (1, 1)
     assert measure.rounds_for("default", 1e-3)[0] == 30
-    assert measure.rounds_for("default", 1.0)[0] == 3
-    assert measure.rounds_for("default", 11.0)[0] == 2
-    assert measure.rounds_for("default", 40.0)[0] == 1
+    assert measure.rounds_for("default", 0.9)[0] == 3
+    assert measure.rounds_for("default", 5.0)[0] == 2
+    assert measure.rounds_for("default", 13.0)[0] == 1
+    assert measure.rounds_for("full", 9.0)[0] == 5
 
 
 def allocate(contender: str, mebibytes: int) -> Work:

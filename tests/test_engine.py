@@ -114,6 +114,19 @@ def test_another_machine_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     )
 
 
+def test_other_studies_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = session(tmp_path)
+    write_json(tmp_path / "config.json", to_dict(CONFIG))
+    progress = Progress(tmp_path, CONFIG, 10, 5, quiet=True)
+    save(tmp_path, made, progress)
+    caplog.set_level("INFO", "emrrg.train")
+    for told in (False, True):
+        restore(tmp_path, made, progress)
+        said = [record.getMessage() for record in caplog.records]
+        assert any("training studies or their reports are not" in line for line in said) == told
+        made.rows[3] = made.rows[3][1:]
+
+
 def test_it_learns_a_batch_by_heart(tmp_path: Path) -> None:
     """Four studies: the loss goes to nothing, and each report comes back word for word."""
     made = session(

@@ -27,12 +27,13 @@ from emrrg.config import TrainConfig
 from emrrg.data.dataset import RecordStudies
 from emrrg.data.loading import load_studies
 from emrrg.distributed import World
-from emrrg.engine import largest_that_fits, out_of_memory, prepare, read_steps, training_step
+from emrrg.engine import largest_that_fits, prepare, read_steps, training_step
 from emrrg.errors import InputError
 from emrrg.evaluation import evaluate_model
 from emrrg.jsonl import read_rows
 from emrrg.model import ReportGenerator
-from emrrg.runs import find_checkpoint, read_checkpoint, read_index, read_json
+from emrrg.runs import find_checkpoint, read_checkpoint, read_index, read_json, read_run_config
+from emrrg.system import out_of_memory
 
 Train = Callable[..., int]
 Launch = Callable[..., "subprocess.Popen[str]"]
@@ -253,6 +254,35 @@ def test_a_checkpoint_that_cannot_be_written(
     assert_same_end(run, undisturbed)
 
 
+@pytest.mark.slow
+def test_a_disk_that_is_full_in_earnest(launch: Launch, small: list[str], tmp_path: Path) -> None:
+    """Room for the base and two checkpoints of 12 MB, not for three."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        run = disk / "run"
+        process = launch(*small, "--save-every", 1, "--output", run)
+        _, err = process.communicate(timeout=200)
+        assert process.returncode == 2, err
+        (line,) = err.strip().splitlines()
+        assert str(run / "checkpoints") in line and "No space left on device" in line
+        assert "make room and go on with --resume" in line
+        step = read_checkpoint(run, "last").state["step"]
+        assert 1 <= step < 6 and emrrg.load(run) is not None
+        subprocess.run([*mount[:-2], "-o", "remount,size=200m", str(disk)], check=True)
+        process = launch("--resume", run)
+        _, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err
+        process = launch(*small, "--save-every", 1, "--output", disk / "expected")
+        assert process.communicate(timeout=200) and process.returncode == 0
+        assert_same_end(run, disk / "expected")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 @pytest.mark.parametrize("what", ["fsync", "replace", "rename"])
 @pytest.mark.parametrize("call", range(6))
 @pytest.mark.parametrize("step", [1, 2], ids=["again", "next"])
@@ -385,6 +415,23 @@ def test_out_of_memory_says_the_batch_and_what_to_do(
         train(*small, "--output", tmp_path / "run")
     for text in ("--batch-size: 4 studies (phantom-", "1 views", "report tokens", "--auto-batch",
                  "--accumulate", "--checkpointing", "--llm-int8"):  # fmt: skip
+        assert text in str(error.value), text
+    assert "\n" not in str(error.value)
+
+
+def test_out_of_memory_while_reports_are_written(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = read_run_config(trained)
+    studies = load_studies(config, 32, ("test",))["test"]
+
+    def generate(self: ReportGenerator, *args: Any) -> list[str]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(ReportGenerator, "generate_batch", generate)
+    with pytest.raises(InputError) as error:
+        evaluate_model(emrrg.load(trained), studies, config, CPU)
+    for text in ("--eval-batch-size: reports of 4 studies (phantom-", "memory of cpu", "--beams"):
         assert text in str(error.value), text
     assert "\n" not in str(error.value)
 

@@ -703,25 +703,25 @@ def test_a_dry_run_leaves_nothing(
     for text in ("dry run: loss", "GiB", "reports/s; the first:", "adapters X"):
         assert text in said, text
     # The time is that of the second step: the first one also builds what is built once.
-    real, wait = command.training_step, iter([0.9, 0.4])
+    real, wait = command.training_step, iter([0.5, 0.2])
 
     def step(*args: Any) -> Any:
         time.sleep(next(wait))
         return real(*args)
 
     monkeypatch.setattr(command, "training_step", step)
-    assert train(*small, "--train-studies", 400, "--epochs", 3, "--dry-run") == 0
+    assert train(*small, "--train-studies", 200, "--epochs", 3, "--dry-run") == 0
     said = capsys.readouterr().out
     found = re.search(
         r"a step takes ([\d.]+) s \(the first ([\d.]+) s\)\n"
-        r"an epoch of 100 steps takes about (\d+):(\d+), 3 epochs (\d+):(\d+) ",
+        r"an epoch of 50 steps takes about (\d+):(\d+), 3 epochs (\d+):(\d+) ",
         said,
     )
     assert found, said
     seconds, first, *clocks = map(float, found.groups())
     epoch, whole = (60 * clocks[k] + clocks[k + 1] for k in (0, 2))
-    assert seconds >= 0.4 and first >= 0.9
-    assert epoch == pytest.approx(100 * seconds, abs=1.1) and whole == pytest.approx(
+    assert seconds >= 0.2 and first >= 0.5
+    assert epoch == pytest.approx(50 * seconds, abs=1.1) and whole == pytest.approx(
         3 * epoch, abs=2
     )
 

@@ -182,6 +182,7 @@ class _Conversation:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             encoding="utf-8",
+            start_new_session=True,  # Ctrl-C is for us: we end it, or finish what it is needed for
         )
         self._late = threading.Event()
         self._timer = threading.Timer(seconds, self._end)

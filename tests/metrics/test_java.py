@@ -126,6 +126,15 @@ def test_a_program_that_never_answers_is_ended(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the stand-in for Java is a script")
+def test_ctrl_c_does_not_reach_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal sends it to its whole session; whoever asked for scores decides what follows."""
+    play_java(tmp_path, "import os, sys; sys.exit(f'session {os.getsid(0)}')", monkeypatch)
+    with pytest.raises(JavaError, match=r"session \d+") as error:
+        meteor([(["a"], ["b"])])
+    assert int(str(error.value).rsplit(" ", 1)[1]) != os.getsid(0)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the stand-in for Java is a script")
 @pytest.mark.parametrize(
     ("body", "word"),
     [
