@@ -10,9 +10,10 @@
 
 Every cell but those of ``sight`` starts from one base, trained whole on source phantoms, and is
 adapted with several seeds; the seed decides the phantoms, the weights' start and the order. A cell
-is one `python -m emrrg.train` in a process of its own; what is done is not run again. The table
-gives mean and deviation over the seeds, and a paired bootstrap test of each cell against the first
-one on the test studies of all seeds.
+is one `python -m emrrg.train` in a process of its own; what is done is not run again, what was
+stopped goes on, and a cell that fails stops no other. The table gives mean and deviation over the
+seeds, and a paired bootstrap test of each cell against the first one on the test studies of all
+seeds.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ import json
 import logging
 import os
 import shlex
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +55,10 @@ log = logging.getLogger("emrrg.ablate")
 
 COLUMNS = ("finding F1", "BLEU-4", "ROUGE-L", "CIDEr")
 RESAMPLES = 1000
+# Flags of `emrrg.train` that shape the base; a cell has them from it.
+OF_THE_BASE = (
+    "--vision-checkpoint", "--llm", "--tokenizer", "--preset", "--image-size", "--drop-path",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,8 @@ class AblateConfig:
     data: tuple[str, ...] = ()
     """dataset: further cells as NAME=ANNOTATION:IMAGES, separated by commas."""
     train_flags: str = ""
-    """Further flags of emrrg.train for the base and every cell, in one string."""
+    """Further flags of emrrg.train for the base and every cell, in one string; what a cell has from
+    its base (--image-size and the like) goes to the base alone."""
 
     def __post_init__(self) -> None:
         words = [word.split("=")[0] for word in shlex.split(self.train_flags)]
@@ -139,22 +149,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     cells = cells_of(config)
     seeds = config.seeds[:1] if config.study == "sight" else config.seeds
     flags = shlex.split(config.train_flags)
-    start: list[str] = []
-    if config.study != "sight":
-        start = ["--recipe", "phantoms", "--init", str(base_run(config, folder, flags))]
-    tasks = [
-        (
-            folder / f"{slug(cell.name)}-{seed}",
-            [*start, *flags, *cell.flags, "--seed", str(seed)],
-        )
-        for cell in cells
-        for seed in seeds
-    ]
-    threads = max(1, (os.cpu_count() or 1) // config.jobs) if config.jobs > 1 else None
-    with ThreadPoolExecutor(config.jobs) as pool:
-        done = [pool.submit(run_cell, run, flags, threads) for run, flags in tasks]
-        for task in done:
-            task.result()
+    same_study(folder, config)
+    with stopped_by_signals() as train:
+        start: list[str] = []
+        if config.study != "sight":
+            start = ["--recipe", "phantoms", "--init", str(base_run(config, folder, flags, train))]
+            flags = without(flags, OF_THE_BASE)
+        tasks = [
+            (
+                folder / f"{slug(cell.name)}-{seed}",
+                [*start, *flags, *cell.flags, "--seed", str(seed)],
+            )
+            for cell in cells
+            for seed in seeds
+        ]
+        threads = max(1, (os.cpu_count() or 1) // config.jobs) if config.jobs > 1 else None
+        run_cells(tasks, config.jobs, threads, train)
     results = {
         cell.name: [read_cell(folder / f"{slug(cell.name)}-{seed}") for seed in seeds]
         for cell in cells
@@ -181,7 +191,91 @@ def cells_of(config: AblateConfig) -> list[Cell]:
     return cells
 
 
-def base_run(config: AblateConfig, folder: Path, flags: Sequence[str]) -> Path:
+Train = Callable[[Sequence[str], Any], int]
+"""Runs a command to its end, its output into a file; the exit status."""
+
+
+class Stopped(Exception):  # noqa: N818 -- no error: the user asked for it
+    """No further training is to start."""
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[Train]:
+    """Run trainings so that Ctrl-C or SIGTERM stops them all: each saves, and goes on next time."""
+    running: set[subprocess.Popen[bytes]] = set()
+    lock, stopped = threading.RLock(), threading.Event()  # the handler may interrupt its holder
+
+    def train(command: Sequence[str], output: Any) -> int:
+        with lock:  # either it is seen by who stops all, or it does not start
+            if stopped.is_set():
+                raise Stopped
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+            running.add(process)
+        try:
+            status = process.wait()
+            if status and stopped.is_set():
+                raise Stopped
+            return status
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
+        finally:
+            running.discard(process)
+
+    def stop(*_: Any) -> None:
+        with lock:
+            stopped.set()
+            for process in list(running):
+                process.terminate()
+        raise KeyboardInterrupt
+
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield train
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def same_study(folder: Path, config: AblateConfig) -> None:
+    """Note what the cells of a folder are trained with, and refuse to mix.
+
+    Raises:
+        InputError: the folder holds cells of other flags or of another base.
+    """
+    file = folder / "study.json"
+    asked = {
+        "study": config.study,
+        "base": config.base,
+        "train_flags": without(shlex.split(config.train_flags), ("--threads", "--workers")),
+    }
+    if file.exists() and (before := read_json(file)) != asked:
+        name = next(key for key in asked if before.get(key) != asked[key])
+        raise InputError(
+            f"--output: {folder} holds cells with {name} {before.get(name)!r}, not "
+            f"{asked[name]!r}; choose another folder"
+        )
+    write_json(file, asked)
+
+
+def without(flags: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Flags but those of these names, each followed by its value or joined to it by ``=``."""
+    kept, skip = [], False
+    for word in flags:
+        name, joined, _ = word.partition("=")
+        if skip:
+            skip = False
+        elif name in names:
+            skip = not joined
+        else:
+            kept.append(word)
+    return kept
+
+
+def base_run(config: AblateConfig, folder: Path, flags: Sequence[str], train: Train) -> Path:
     """The run that all cells start from: given, done already, or trained now."""
     if config.base is not None:
         return Path(config.base)
@@ -192,11 +286,44 @@ def base_run(config: AblateConfig, folder: Path, flags: Sequence[str]) -> Path:
         k: v for k, v in to_dict(source_stage(whole)).items() if k not in ("output", "resume")
     }
     write_json(file, values)
-    run_cell(run, ["--config", str(file)], None)
+    run_cell(run, ["--config", str(file)], None, train)
     return run
 
 
-def run_cell(run: Path, flags: Sequence[str], threads: int | None) -> None:
+def run_cells(
+    tasks: Sequence[tuple[Path, Sequence[str]]], jobs: int, threads: int | None, train: Train
+) -> None:
+    """Train the cells, `jobs` at a time.
+
+    Raises:
+        InputError: cells that failed, when all others are done.
+        KeyboardInterrupt: stopped; the trainings have ended.
+    """
+    failed: list[str] = []
+
+    def attempt(run: Path, flags: Sequence[str]) -> None:
+        try:
+            run_cell(run, flags, threads, train)
+        except InputError as error:
+            log.info("%s", error)
+            failed.append(str(error))
+        except Stopped:
+            pass
+
+    with ThreadPoolExecutor(jobs) as pool:
+        done = [pool.submit(attempt, run, flags) for run, flags in tasks]
+        try:
+            for task in done:
+                task.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    if failed:
+        many = f"{len(failed)} of {len(tasks)} cells failed, the first: " if failed[1:] else ""
+        raise InputError(f"{many}{failed[0]}")
+
+
+def run_cell(run: Path, flags: Sequence[str], threads: int | None, train: Train) -> None:
     """Train one cell, or go on with it, or leave it as it is where it is done.
 
     Raises:
@@ -205,7 +332,9 @@ def run_cell(run: Path, flags: Sequence[str], threads: int | None) -> None:
     if read_index(run).get("finished"):
         log.info("%s: done already", run)
         return
-    started = (run / "config.json").exists()
+    started = any(run.rglob("checkpoints/index.json"))
+    if not started and (run / "config.json").exists():
+        shutil.rmtree(run)  # it ended before there was anything to go on with
     where = ["--resume", str(run)] if started else ["--output", str(run), *flags]
     if threads is not None:
         where += ["--threads", str(threads)]
@@ -213,10 +342,10 @@ def run_cell(run: Path, flags: Sequence[str], threads: int | None) -> None:
     log.info("%s: %s", run, shlex.join(command[1:]))
     output = run.with_name(f"{run.name}.log")
     with open(output, "a", encoding="utf-8") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
-    if done.returncode:
+        status = train(command, file)
+    if status:
         last = output.read_text(encoding="utf-8").strip().splitlines()[-1:] or ["no output"]
-        raise InputError(f"{output}: the training ended with status {done.returncode}: {last[0]}")
+        raise InputError(f"{output}: the training ended with status {status}: {last[0]}")
 
 
 def read_cell(run: Path) -> dict[str, Any]:

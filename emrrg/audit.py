@@ -165,7 +165,7 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     for name in adapter_parameter_names(model):
         model.get_parameter(name).requires_grad_(True)
     groups = parameter_groups(model)
-    report = {
+    report: dict[str, Any] = {
         "settings": {
             "preset": config.preset,
             "image_size": list(model.visual_encoder.image_size),

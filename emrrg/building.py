@@ -24,6 +24,8 @@ from emrrg.vision import VISION_PRESETS
 
 log = logging.getLogger("emrrg.train")
 
+SPARE_EMBEDDINGS = 1024  # Qwen's embeddings have up to 400 rows more than its tokenizer pieces
+
 
 def check_fit(config: TrainConfig) -> None:
     """Refuse combinations of flags that make no sense, before any long work.
@@ -157,6 +159,11 @@ def check_llm(config: TrainConfig, tokenizer: Tokenizer, image_size: int) -> Non
         raise InputError(
             f"--tokenizer: {tokenizer.vocab_size} pieces, but --llm {config.llm} has "
             f"{decoder.vocab_size} embeddings"
+        )
+    if decoder.vocab_size - tokenizer.vocab_size >= SPARE_EMBEDDINGS:
+        raise InputError(
+            f"--tokenizer: {tokenizer.vocab_size} pieces, but --llm {config.llm} has "
+            f"{decoder.vocab_size} embeddings; it is another model's tokenizer"
         )
     check_positions(config, tokenizer, PROMPT, (image_size // 16) ** 2 + 1, decoder)
     check_hybrid_layers(config, decoder.num_hidden_layers)

@@ -151,10 +151,13 @@ def read_released_checkpoint(
         return _read_converted(path)
     if path.suffix == ".safetensors":
         tensors, settings = read_safetensors(path), dict[str, Any]()
+        unused: dict[str, str] = {}
     else:
-        tensors, settings = _read_pickled(path)
+        tensors, settings, unused = _read_pickled(path)
     layout = _Layout(path, tensors, settings, lora_scale, head_dim or 128, drop_misplaced_lora)
-    return layout.result()
+    released = layout.result()
+    released.unused |= unused
+    return released
 
 
 def load_encoder(encoder: VisionMamba, tensors: Mapping[str, Tensor]) -> LoadReport:
@@ -339,8 +342,8 @@ def _read_converted(folder: Path) -> ReleasedCheckpoint:
     )
 
 
-def _read_pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict of a ``.pth`` and the settings beside it."""
+def _read_pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
+    """The state dict of a ``.pth``, the settings beside it, and why the rest stays behind."""
     file = PickledFile(path)
     content = file.content
     if not isinstance(content, dict):
@@ -355,12 +358,15 @@ def _read_pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not records:
         raise InputError(f"{path}: holds no tensors (no state dict under 'model' or at the top)")
     settings: dict[str, Any] = {}
+    unused = {str(k): "is no tensor" for k in state if str(k) not in records}
     for key, value in rest.items():
         if key in ("config", "args", "hparams", "hyper_parameters") and isinstance(value, dict):
             settings |= _plain(value)
         elif isinstance(value, (str, int, float, bool)):
             settings[str(key)] = value
-    return file.tensors(records), settings
+        elif value is not None:
+            unused[str(key)] = "stands beside the model's weights"
+    return file.tensors(records), settings, unused
 
 
 def _plain(value: Any) -> Any:

@@ -41,7 +41,9 @@ def plot_curves(metrics: Path, path: Path) -> None:
         right.legend(fontsize=8)
     else:
         right.text(0.5, 0.5, "no validation yet", ha="center", transform=right.transAxes)
-    figure.savefig(path, dpi=110)
+    temporary = path.with_name(f".{path.name}.tmp")  # a kill leaves the picture before it
+    figure.savefig(temporary, dpi=110, format="png")
+    temporary.replace(path)
 
 
 def plot_ablation(study: str, cells: Mapping[str, Mapping[str, Any]], path: Path) -> None:

@@ -513,13 +513,13 @@ def _cross_forward(batch: int = BATCH) -> None:
     cross_scan._launch_fwd(*_cross_tensors(batch))
 
 
-def _cross_backward(needs: str) -> None:
+def _cross_backward(needs: str, batch: int = BATCH) -> None:
     from kernels import cross_scan
 
     names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
     needed = [n in needs.split() for n in names]
-    tensors: tuple[Any, ...] = (_activation(BATCH, LENGTH, DIM), *_cross_tensors(), needed)
-    cross_scan._launch_bwd(*tensors)
+    dout = _activation(batch, LENGTH, DIM)
+    cross_scan._launch_bwd(dout, *_cross_tensors(batch), needed)
 
 
 def _scan_tensors(batch: int, length: int, dim: int) -> tuple[Any, ...]:
@@ -528,19 +528,30 @@ def _scan_tensors(batch: int, length: int, dim: int) -> tuple[Any, ...]:
     return u, u, _empty(dim, STATE), b, b, _empty(dim), u, _empty(dim), None, None, True, False
 
 
-def _scan_forward(keep: bool, flags: bool = False) -> None:
-    from kernels import selective_scan
-
+def _packed() -> tuple[Any, ...]:
     tensors = list(_scan_tensors(BATCH, LENGTH, DIM))
-    if flags:
-        tensors[9] = _empty(BATCH, LENGTH, dtype=torch.uint8)
-    selective_scan._launch_fwd(*tensors, keep)
+    tensors[9] = _empty(BATCH, LENGTH, dtype=torch.uint8)
+    return tuple(tensors)
 
 
-def _scan_backward(needs: str, shape: tuple[int, int, int] = (BATCH, LENGTH, DIM)) -> None:
+def _far_apart() -> tuple[Any, ...]:
+    """Steps 2^31 elements apart, as in a view of something large."""
+    u, _, *rest = _scan_tensors(BATCH, LENGTH, DIM)
+    far = torch.empty_strided(u.shape, (0, 2**31, 1), dtype=u.dtype, device="meta")
+    return far, far, *rest
+
+
+def _scan_forward(keep: bool, tensors: tuple[Any, ...] | None = None) -> None:
     from kernels import selective_scan
 
-    tensors = _scan_tensors(*shape)
+    selective_scan._launch_fwd(*(tensors or _scan_tensors(BATCH, LENGTH, DIM)), keep)
+
+
+def _scan_backward(needs: str, tensors: tuple[Any, ...] | None = None) -> None:
+    from kernels import selective_scan
+
+    tensors = tensors or _scan_tensors(BATCH, LENGTH, DIM)
+    shape = tensors[0].shape
     kept = _empty(*selective_scan._kept_shape(*shape, STATE, 1))
     needed = [n in needs.split() for n in selective_scan._NEEDS]
     selective_scan._launch_bwd(tensors[0], None, kept, *tensors, needed)
@@ -581,7 +592,7 @@ CASES = (
     Case(
         "_forward_kernel",
         "packed or padded sequences",
-        lambda: _scan_forward(False, flags=True),
+        lambda: _scan_forward(False, _packed()),
         ((4, 4),),
     ),
     Case("_forward_kernel", "a long sequence's chunks, first pass", _long_forward, ((4, 0),)),
@@ -600,13 +611,27 @@ CASES = (
         ((2, 10),),
         share=0.5,
     ),
+    Case(
+        "_backward_kernel",
+        "packed or padded sequences",
+        lambda: _scan_backward(EVERY, _packed()),
+        ((2, 10),),
+        share=0.5,
+    ),
+    Case(
+        "_backward_kernel",
+        "steps 2^31 elements apart",
+        lambda: _scan_backward(FROZEN, _far_apart()),
+        ((2, 10),),
+        share=0.5,
+    ),
     Case("_pack_kernel", "B and C", lambda: _scan_forward(False)),
     Case("_add_parts_kernel", "dB and dC", lambda: _scan_backward(FROZEN)),
     Case("_join_kernel", "a long sequence's chunks", _long_forward),
     Case(
         "_backward_border_kernel",
         "a long sequence's chunks, first pass",
-        lambda: _scan_backward(FROZEN, LONG),
+        lambda: _scan_backward(FROZEN, _scan_tensors(*LONG)),
         ((4, 0),),
     ),
     Case("_cross_scan_fwd_kernel", "forward", _cross_forward, ((4, 4),)),
@@ -615,6 +640,12 @@ CASES = (
     ),
     Case(
         "_cross_scan_bwd_kernel", "every gradient", lambda: _cross_backward(EVERY), ((1, 3), (1, 3))
+    ),
+    Case(
+        "_cross_scan_bwd_kernel",
+        "base frozen, a large batch in one launch",
+        lambda: _cross_backward(FROZEN, 2 * BATCH),
+        ((1, 3), (1, 3)),
     ),
     Case("_cross_scan_gate_kernel", "forward, one image", lambda: _cross_forward(1)),
     Case("_causal_conv1d_fwd_kernel", "forward", _conv_forward),

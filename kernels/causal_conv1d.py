@@ -28,6 +28,7 @@ from torch import Tensor
 from kernels import scan_cpu
 from kernels.implementations import choose, nvidia
 from kernels.reference import causal_conv1d_ref
+from kernels.transforms import derivative, transformable
 from kernels.triton_math import jit, silu, silu_slope, tl, triton
 
 
@@ -297,6 +298,9 @@ def _(
     return [t.new_empty(t.shape) for t, need in wanted if need and t is not None]
 
 
+_gradients = derivative("causal_conv1d", _causal_conv1d_bwd)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, orders, silu, implementation = inputs
     ctx.needs = list(ctx.needs_input_grad[:3])
@@ -306,12 +310,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     gradients = iter(
-        _causal_conv1d_bwd(dout, *ctx.saved_tensors, ctx.silu, ctx.needs, ctx.implementation)
+        _gradients(dout, *ctx.saved_tensors, ctx.silu, ctx.needs, ctx.implementation)
     )
     return (*(next(gradients) if need else None for need in ctx.needs), None, None, None)
 
 
-_causal_conv1d_fwd.register_autograd(_backward, setup_context=_setup_context)
+_convolution = transformable("causal_conv1d", _causal_conv1d_fwd, _setup_context, _backward)
 
 
 def causal_conv1d(
@@ -353,7 +357,7 @@ def causal_conv1d(
     chosen = choose(implementation, x.device, widest, "causal_conv1d")
     if chosen == "reference":
         return causal_conv1d_ref(x, weight, bias, orders, activation)
-    return _causal_conv1d_fwd(x, weight, bias, orders, activation == "silu", chosen)
+    return _convolution(x, weight, bias, orders, activation == "silu", chosen)
 
 
 def check_orders(name: str, orders: Tensor) -> None:

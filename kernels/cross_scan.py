@@ -43,6 +43,7 @@ from kernels import scan_cpu
 from kernels.causal_conv1d import check_orders
 from kernels.implementations import choose, nvidia
 from kernels.reference import cross_scan_ref
+from kernels.transforms import derivative, transformable
 from kernels.triton_math import jit, silu, silu_slope, softplus, softplus_slope, tl, triton
 
 STEPS = 64  # between the states that the backward keeps
@@ -740,6 +741,9 @@ def _(dout: Tensor, *args: Any) -> list[Tensor]:
     return [t.new_empty(t.shape) for t, need in zip(tensors, needs, strict=True) if need]
 
 
+_gradients = derivative("cross_scan", _cross_scan_bwd)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, implementation = inputs
     ctx.needs = list(ctx.needs_input_grad[: len(_NEEDS)])
@@ -748,11 +752,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = iter(_cross_scan_bwd(dout, *ctx.saved_tensors, ctx.needs, ctx.implementation))
+    gradients = iter(_gradients(dout, *ctx.saved_tensors, ctx.needs, ctx.implementation))
     return (*(next(gradients) if need else None for need in ctx.needs), None, None)
 
 
-_cross_scan_fwd.register_autograd(_backward, setup_context=_setup_context)
+_scan = transformable("cross_scan", _cross_scan_fwd, _setup_context, _backward)
 
 
 def cross_scan(
@@ -798,7 +802,7 @@ def cross_scan(
     chosen = choose(implementation, u.device, widest, "cross_scan")
     if chosen == "reference":
         return cross_scan_ref(*tensors)
-    return _cross_scan_fwd(*tensors, chosen)
+    return _scan(*tensors, chosen)
 
 
 def _check(u: Tensor, delta: Tensor, A: Tensor, *others: Tensor) -> None:

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from kernels.implementations import choose, triton_interpreted
 from kernels.reference import lora_linear_ref
+from kernels.transforms import derivative, transformable
 from kernels.triton_math import jit, tl, triton
 
 
@@ -532,6 +533,9 @@ def _(
     return [make() for make, needed in zip(fresh, needs, strict=True) if needed]
 
 
+_gradients = derivative("lora_linear", _backward_op)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, A, B, seed, *ctx.rest = inputs
     h = output[1]
@@ -554,12 +558,12 @@ def _differentiate(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, 
         return (None,) * 11
     start, scale, dropout, implementation, tf32 = ctx.rest
     found = iter(
-        _backward_op(dy, *ctx.saved_tensors, start, scale, dropout, ctx.needs, implementation, tf32)
+        _gradients(dy, *ctx.saved_tensors, start, scale, dropout, ctx.needs, implementation, tf32)
     )
     return (*(next(found) if needed else None for needed in ctx.needs), *(None,) * 6)
 
 
-_forward_op.register_autograd(_differentiate, setup_context=_save)
+_linear_with_updates = transformable("lora_linear", _forward_op, _save, _differentiate)
 
 
 @dataclass(frozen=True)
@@ -635,7 +639,7 @@ def lora_linear(
             return lora_linear_ref(x, weight, bias, slices, keep)
     A, B, scale, start = _merged(weight, slices)
     seed = torch.randint(2**62, (1,), device=x.device) if dropout else None
-    y, _ = _forward_op(
+    y, _ = _linear_with_updates(
         x, weight, bias, A, B, seed, start, scale, dropout, implementation, allow_tf32
     )
     return y

@@ -43,6 +43,7 @@ from torch import Tensor
 from kernels import implementations, scan_cpu, scan_torch
 from kernels.implementations import choose, nvidia, triton_interpreted
 from kernels.reference import scan_ref, step_flags
+from kernels.transforms import derivative, transformable
 from kernels.triton_math import jit, silu, silu_slope, softplus, softplus_slope, tl, triton
 
 STEPS = 4  # of a block: the forward loads them at once, the backward finds the state before them
@@ -965,15 +966,15 @@ def _sizes(state: int) -> dict[str, Any]:
     }
 
 
-def _registers(need_A: bool) -> dict[str, int]:
+def _registers(need_A: bool, wide: bool) -> dict[str, int]:
     """Registers a thread of the backward may take, as an option of a launch.
 
     With 168 three warps fit on a scheduler, and all programs of an encoder's batch on an H200 at
-    once. The gradient of A takes 16 more, which then do not fit, nor does what the compiler makes
-    for Blackwell. AMD's compiler has no such option.
+    once. The gradient of A takes 16 more, which then do not fit, nor do offsets of 64 bits or what
+    the compiler makes for Blackwell. AMD's compiler has no such option.
     """
-    limited = not need_A and not torch.version.hip and implementations.capability() < (10, 0)
-    return {"maxnreg": 168} if limited else {}
+    more = need_A or wide or implementations.capability() >= (10, 0)
+    return {} if more or torch.version.hip else {"maxnreg": 168}
 
 
 def _groups(*tensors: Tensor) -> int:
@@ -1217,7 +1218,7 @@ def _launch_bwd(
         **common, **_named("u", u), stride_Bn=strides_B[0], stride_Bd=strides_B[1],
         ALIKE=len({1, *(x.stride(2) for x in (dout, u, delta, z) if x is not None)}) == 1,
         NEED_B=wanted["B"], NEED_C=wanted["C"], **sizes,
-        **_registers(wanted["A"]),
+        **_registers(wanted["A"], common["WIDE"]),
     )  # fmt: skip
     if dA is not None:
         dA = dA.sum(0).T.to(A.dtype)
@@ -1312,6 +1313,9 @@ def _(dout: Tensor | None, dlast: Tensor | None, kept: Tensor, *args: Any) -> li
     return [x.new_empty(x.shape) for x, need in zip(tensors, needs, strict=True) if need]
 
 
+_scan_gradients = derivative("selective_scan", _scan_bwd)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, delta_softplus, reverse, _, implementation = inputs
     ctx.set_materialize_grads(False)
@@ -1328,34 +1332,14 @@ def _backward(
         return (None,) * 14
     kept, *tensors = ctx.saved_tensors
     grads = iter(
-        _scan_bwd(dout, dlast, kept, *tensors, *ctx.options, ctx.needs, ctx.implementation)
+        _scan_gradients(
+            dout, dlast, kept, *tensors, *ctx.options, ctx.needs, ctx.implementation
+        )
     )
     return (*(next(grads) if need else None for need in ctx.needs), *(None,) * 5)
 
 
-_scan_fwd.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _vmap(operator: Any, returns_list: bool) -> Any:
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        """One call for each sample of the mapped axis: gradients of weights are for each."""
-        results = []
-        for i in range(info.batch_size):
-            sample = [
-                x if dim is None else x.select(dim, i)
-                for x, dim in zip(args, in_dims, strict=True)
-            ]
-            results.append(operator(*sample))
-        stacked = [torch.stack(same) for same in zip(*results, strict=True)]
-        if returns_list:
-            return stacked, [0] * len(stacked)
-        return tuple(stacked), (0,) * len(stacked)
-
-    return rule
-
-
-_scan_fwd.register_vmap(_vmap(_scan_fwd, False))
-_scan_bwd.register_vmap(_vmap(_scan_bwd, True))
+_scan = transformable("selective_scan", _scan_fwd, _setup_context, _backward)
 
 
 def selective_scan(
@@ -1424,7 +1408,7 @@ def selective_scan(
     B, C = (x.expand(-1, -1, groups, -1) if x.ndim == 4 else x for x in (B, C))
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    out, last, _ = _scan_fwd(*inputs, flags, delta_softplus, reverse, keep, chosen)
+    out, last, _ = _scan(*inputs, flags, delta_softplus, reverse, keep, chosen)
     return (out, last) if return_last_state else out
 
 

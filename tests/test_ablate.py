@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from emrrg import ablate
-from emrrg.ablate import STUDIES, AblateConfig, cells_of, main, markdown, run_cell, summarise
+from emrrg.ablate import (
+    STUDIES,
+    AblateConfig,
+    cells_of,
+    main,
+    markdown,
+    run_cell,
+    run_cells,
+    stopped_by_signals,
+    summarise,
+)
 from emrrg.config import TrainConfig, parse_config
 from emrrg.errors import InputError
 from emrrg.recipes import suggest
@@ -111,10 +128,126 @@ def test_bad_values_are_named(values: dict[str, Any], says: str) -> None:
 
 
 def test_a_failed_cell_names_its_log(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"cell\.log: the training ended with status 2: .*--epochs"
+    with (
+        stopped_by_signals() as train,
+        pytest.raises(InputError, match=r"cell\.log: the training ended with status 2: .*--epochs"),
     ):
-        run_cell(tmp_path / "cell", ["--epochs", "0"], None)
+        run_cell(tmp_path / "cell", ["--epochs", "0"], None, train)
+
+
+def commands(folder: Path) -> list[list[str]]:
+    """What `fake_training` was called with."""
+    return [json.loads(line) for line in (folder / "calls").read_text().splitlines()]
+
+
+@pytest.fixture
+def fake_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Let a short program stand for `emrrg.train`; it has `flags`, its `run`, and `done()`."""
+
+    def use(body: str) -> None:
+        program = tmp_path / "program.py"
+        program.write_text(
+            f"""import json, pathlib, signal, sys, time
+flags = sys.argv[1:]
+with open({str(tmp_path / "calls")!r}, "a") as file:
+    print(json.dumps(flags), file=file)
+run = pathlib.Path(flags[flags.index("--output" if "--output" in flags else "--resume") + 1])
+(run / "checkpoints").mkdir(parents=True, exist_ok=True)
+(run / "config.json").write_text("{{}}")
+def done():
+    (run / "checkpoints" / "index.json").write_text(json.dumps({{"finished": True}}))
+{body}
+"""
+        )
+        launch = subprocess.Popen
+        monkeypatch.setattr(
+            ablate.subprocess,
+            "Popen",
+            lambda command, **kw: launch([sys.executable, str(program), *command[3:]], **kw),
+        )
+
+    return use
+
+
+def test_a_cell_that_fails_stops_no_other(
+    tmp_path: Path, fake_training: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_training("if 'blind' in run.name: sys.exit('no room')\ndone()")
+    study = tmp_path / "study"
+    flags = ["--study", "sight", "--seeds", "5", "--output", str(study)]
+    with pytest.raises(
+        InputError, match=r"blind-5\.log: the training ended with status 1: no room"
+    ):
+        main(flags)
+    assert [Path(c[1]).name for c in commands(tmp_path)] == ["seeing-5", "blind-5"]
+    # It left nothing to go on with, so that it starts anew, and with what is said now.
+    with pytest.raises(InputError, match="no room"):
+        main([*flags, "--train-flags", "--threads 1"])
+    assert [c[0] for c in commands(tmp_path)] == ["--output"] * 3
+    assert commands(tmp_path)[2][-3:] == ["--blind", "--seed", "5"]
+    with pytest.raises(
+        InputError, match=r"study holds cells with train_flags \[\], not \['--epochs"
+    ):
+        main([*flags, "--train-flags", "--epochs 1"])
+
+
+def test_flags_of_the_base_are_not_given_to_cells(
+    tmp_path: Path, fake_training: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_training("done()")
+    monkeypatch.setattr(ablate, "read_cell", lambda run: cell(HIT, 0.5))
+    monkeypatch.setattr(ablate, "summarise", lambda results: {})
+    monkeypatch.setattr(ablate, "plot_ablation", lambda *_: None)
+    flags = "--image-size 64 --epochs 1 --preset=base --drop-path 0"
+    arguments = ["--study", "rank", "--seeds", "1", "--output", str(tmp_path / "study")]
+    assert main([*arguments, "--train-flags", flags]) == 0
+    base, first = commands(tmp_path)[:2]
+    config = json.loads(Path(base[base.index("--config") + 1]).read_text())
+    assert (config["image_size"], config["preset"], config["drop_path"]) == (64, "base", 0)
+    assert first[2:] == [
+        "--recipe", "phantoms", "--init", str(tmp_path / "study" / "base"), "--epochs", "1",
+        "--lora-rank", "16", "--seed", "1",
+    ]  # fmt: skip
+    parse_config(TrainConfig, first, "emrrg.train", suggest)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_trainings_and_starts_no_more(
+    tmp_path: Path,
+    fake_training: Callable[[str], None],
+    number: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", logger="emrrg.ablate")
+    fake_training(
+        "def saved(*_):\n"
+        "    (run / 'checkpoints' / 'index.json').write_text('{\"last\": \"step-1\"}')\n"
+        "    sys.exit(130)\n"
+        "if '--resume' in flags: done(); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, saved)\n"
+        "(run / 'ready').touch()\n"
+        "time.sleep(60)"
+    )
+    runs = [tmp_path / name for name in ("a", "b", "c", "d")]
+
+    def wait_and_send() -> None:
+        while not all((run / "ready").exists() for run in runs[:2]):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=wait_and_send)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), stopped_by_signals() as train:
+        thread.start()
+        run_cells([(run, []) for run in runs], 2, None, train)
+    thread.join()
+    assert time.monotonic() - start < 40
+    assert [Path(c[1]).name for c in commands(tmp_path)] in (["a", "b"], ["b", "a"])
+    assert sorted(m.partition(":")[0] for m in caplog.messages) == [str(r) for r in runs[:2]]
+    assert all((run / "checkpoints" / "index.json").exists() for run in runs[:2])
+    with stopped_by_signals() as train:
+        run_cells([(run, ["--x"]) for run in runs[:2]], 1, None, train)
+    assert [c[:2] for c in commands(tmp_path)[2:]] == [["--resume", str(r)] for r in runs[:2]]
 
 
 def test_finished_cells_are_not_run_again(
@@ -127,7 +260,9 @@ def test_finished_cells_are_not_run_again(
     monkeypatch.setattr(
         ablate, "read_cell", lambda run: cell(HIT, 0.9 if "see" in run.name else 0.1)
     )
-    monkeypatch.setattr(ablate.subprocess, "run", lambda *_, **__: pytest.fail("it was run again"))
+    monkeypatch.setattr(
+        ablate.subprocess, "Popen", lambda *_, **__: pytest.fail("it was run again")
+    )
     assert main(["--study", "sight", "--seeds", "5", "--output", str(tmp_path)]) == 0
     assert "done already" in capsys.readouterr().out
     assert (tmp_path / "figure.png").stat().st_size > 1000

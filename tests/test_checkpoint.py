@@ -121,8 +121,9 @@ def test_stage1_becomes_four_directions_on_another_grid(tmp_path: Path) -> None:
     }  # fmt: skip
     assert set(released.unused) == {
         "ar_token", "dec_pos_embed", "enc2dec.weight", "dec_block.0.mlp.fc1.weight",
-        "norm_1.weight", "mask",
+        "norm_1.weight", "mask", "optimizer",
     }  # fmt: skip
+    assert released.unused["optimizer"] == "stands beside the model's weights"
     assert released.missing == [
         f"visual_encoder.{n}" for n in ("cls_token", "norm_f.weight", "norm_f.bias")
     ]
@@ -317,8 +318,12 @@ def test_hybrid_layers_of_the_release(tmp_path: Path) -> None:
 def test_wrapped_names_and_unknown_tensors(tmp_path: Path) -> None:
     state = {f"module._orig_mod.{n}": t for n, t in encoder_state().items()}
     state["module._orig_mod.surprise"] = torch.zeros(2)
+    state["steps"] = 7  # type: ignore[assignment]
     released = read_released_checkpoint(save(tmp_path / "a.pth", state))
-    assert released.unused == {"visual_encoder.surprise": "unknown to this project's encoder"}
+    assert released.unused == {
+        "visual_encoder.surprise": "unknown to this project's encoder",
+        "steps": "is no tensor",
+    }
     assert released.kind == "encoder" and not released.missing
 
 

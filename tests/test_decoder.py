@@ -191,7 +191,8 @@ def test_shards_are_read_one_tensor_at_a_time(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_peak_memory_is_the_model_and_little_more_than_a_shard(tmp_path):
+@pytest.mark.parametrize("binary", [False, True])
+def test_peak_memory_is_the_model_and_little_more_than_a_shard(tmp_path, binary):
     """A 390 MB fp32 folder in 50 MB shards, read into bf16: at most 195 + 50 MB and some."""
     if not Path("/proc/self/status").exists():
         pytest.skip("reads /proc/self/status")
@@ -204,7 +205,8 @@ def test_peak_memory_is_the_model_and_little_more_than_a_shard(tmp_path):
         "num_key_value_heads": 8,
     }
     write_folder(tmp_path, shards=50_000_000, **config)
-    total = sum(f.stat().st_size for f in tmp_path.glob("*.safetensors"))
+    files = as_bin(tmp_path) if binary else list(tmp_path.glob("*.safetensors"))
+    total = sum(f.stat().st_size for f in files)
     assert total > 350_000_000
     script = f"""
 import torch
@@ -372,6 +374,9 @@ def test_flags_meet_the_config_before_the_weights_are_read(tmp_path, llama_folde
         build(hybrid_layers=(0, 3))
     edit_config(folder, vocab_size=pieces - 1)
     with pytest.raises(InputError, match=rf"--tokenizer: {pieces} pieces, .* {pieces - 1} embed"):
+        build()
+    edit_config(folder, vocab_size=pieces + 1024)
+    with pytest.raises(InputError, match=r"--tokenizer: .* it is another model's tokenizer"):
         build()
     edit_config(folder, model_type="gpt2")
     with pytest.raises(InputError, match=r"config\.json: model_type: 'gpt2'"):
@@ -659,3 +664,20 @@ def test_int8_trained_weights_choose_nearly_the_same_tokens():
     x = full.embed(torch.tensor([[1, *story]]))
     agree = (full(x).argmax(-1) == ours(x).argmax(-1)).float().mean()
     assert agree > 0.9  # of 260 thousand parameters; large models lose far less
+
+
+@pytest.mark.parametrize("rows", [(1, 5), (3, 5), (2, 10)])
+def test_logits_of_a_large_vocabulary_in_blocks(rows: tuple[int, int]) -> None:
+    """A vocabulary that is no multiple of a block; as a layer with a bias and as an embedding."""
+    g = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(24, 16384 + 77)
+    table = torch.nn.Embedding(16384 + 77, 24)
+    x = torch.randn(*rows, 24, generator=g)
+    with torch.no_grad():
+        for module in (layer, table):
+            truth = x.double() @ module.weight.double().T
+            if isinstance(module, torch.nn.Linear):
+                truth += module.bias.double()
+            found = decoder_module.project(module, x)
+            assert found.shape == (*rows, 16384 + 77)
+            torch.testing.assert_close(found.double(), truth, atol=1e-5, rtol=1e-5)

@@ -350,6 +350,7 @@ def test_torchrun(small: list[str], base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_machines(small: list[str], base: Path, tmp_path: Path) -> None:
     """The documented command line on each: here both are this one, with a torchrun each."""
     with socket.socket() as free:
@@ -368,7 +369,13 @@ def test_two_machines(small: list[str], base: Path, tmp_path: Path) -> None:
         )
         for _ in range(2)
     ]  # fmt: skip
-    finish(machines)
+    try:
+        finish(machines, 800)
+    finally:
+        for machine in machines:
+            if machine.poll() is None:  # torchrun ends its processes with it
+                machine.terminate()
+                machine.communicate(timeout=60)
     assert losses(tmp_path / "run") == pytest.approx(losses(base), rel=2e-5)
 
 

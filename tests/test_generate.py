@@ -123,6 +123,20 @@ def test_the_report_is_the_models(
     assert report and capsys.readouterr().out == report + "\n"
 
 
+def test_settings_of_one_call(run: Path, tmp_path: Path) -> None:
+    model, view = emrrg.load(run), picture(tmp_path / "a.png", 90)
+    before = model.generation
+    settings = {"num_beams": 3, "max_new_tokens": 6}
+    best = model.generate([[view]], **settings)
+    three = model.generate([[view], [view]], num_return_sequences=3, **settings)
+    assert len(set(three[:3])) == 3 and three[0] == best[0] and three[3:] == three[:3]
+    assert model.generation == before
+    with pytest.raises(InputError, match="eos_token_id: is the tokenizer's to say"):
+        model.generate([[view]], eos_token_id=5)
+    with pytest.raises(InputError, match="beams: is no such setting"):
+        model.generate([[view]], beams=5)
+
+
 @pytest.mark.skipif(not DICOM.is_dir(), reason=f"no sample DICOM files in {DICOM}")
 def test_dicom_stands_where_an_image_may(
     run: Path, seen: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]

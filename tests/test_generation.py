@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import random
 import warnings
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from emrrg import generation
 from emrrg.cache import Cache, cache_bytes
 from emrrg.decoder import Decoder, DecoderConfig
 from emrrg.errors import InputError
@@ -436,6 +439,68 @@ def test_empty_batch(models):
     assert generate(models[0], torch.zeros(0, 4, 32)) == []
 
 
+class ReplayedGraph:
+    """Stands for a CUDA graph: what Python held when it was captured is fixed, tensors live on."""
+
+    captures = 0
+
+    @contextlib.contextmanager
+    def capture(self, step, run):
+        self.step, self.run, self.at = step, run, step.cache.step
+        ReplayedGraph.captures += 1
+        yield
+
+    def replay(self):
+        cache = self.step.cache
+        now, addresses = cache.step, [cache.keys.data_ptr(), cache.lineage.data_ptr()]
+        cache.step = self.at
+        self.step._logits.copy_(self.run(self.step._tokens))
+        cache.step = now
+        assert addresses == [cache.keys.data_ptr(), cache.lineage.data_ptr()]
+
+
+@pytest.mark.parametrize(
+    "settings", [GRID[0], GRID[-1], FURTHER[1], FURTHER[4], FURTHER[5], SAMPLING[1]], ids=name_of
+)
+@pytest.mark.parametrize("window", [None, 9])
+def test_a_captured_step_can_be_replayed(models, prefix, monkeypatch, settings, window):
+    """The capture on CUDA, played through on the CPU: no step may depend on a Python number."""
+    ours, _ = models
+    if window is not None:
+        config = dataclasses.replace(ours.config, sliding_window=window)
+        windowed = Decoder(config).eval()
+        windowed.load_state_dict(ours.state_dict())
+        ours = windowed
+    x, mask = prefix
+    config = GenerationConfig(
+        **{"max_new_tokens": 24, "do_sample": settings in SAMPLING, **settings}
+    )
+    torch.manual_seed(7)
+    expected = generate(ours, x, mask, config=config, static=False)
+    steps = []
+
+    def start(self, *args, original=Step.__init__):
+        original(self, *args)
+        self.graphed = True
+        steps.append(self)
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    nothing = contextlib.nullcontext
+    monkeypatch.setattr(Step, "__init__", start)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nothing())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", ReplayedGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda g: g.capture(steps[-1], steps[-1]._run))
+    monkeypatch.setattr(ReplayedGraph, "captures", 0)
+    torch.manual_seed(7)
+    assert generate(ours, x, mask, config=config, static=True) == expected
+    assert ReplayedGraph.captures == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("settings", [GRID[0], GRID[-1], FURTHER[4], FURTHER[5]], ids=name_of)
@@ -449,3 +514,16 @@ def test_graph_on_cuda_gives_the_same(models, prefix, settings):
         assert generate(ours, x.cuda(), mask.cuda(), config=config) == expected
     finally:
         ours.to("cpu")
+
+
+@pytest.mark.parametrize("length", [40, 1024 * 9, 1024 * 30 + 17, 160_000])
+def test_largest_is_topk(length: int) -> None:
+    """The best of each block first; a rest that is no block, and candidates ruled out."""
+    g = torch.Generator().manual_seed(length)
+    x = torch.randperm(3 * length, generator=g).view(3, length).float()
+    x[1] = x[1].sort(descending=True).values  # all in the first block
+    x[2, : length // 2] = -torch.inf
+    x[2, -1] = 1e9
+    values, places = generation.largest(x, 10)
+    expected = x.topk(10)
+    assert torch.equal(values, expected.values) and torch.equal(places, expected.indices)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from emrrg.decoder import Decoder, DecoderConfig
 from emrrg.errors import InputError
+from emrrg.int8 import Int8Linear
 from emrrg.lora import (
     LORA_TARGETS,
     add_lora,
@@ -285,6 +286,51 @@ def test_the_llm_target() -> None:
         merge_lora(model)
         torch.testing.assert_close(model(embeds), out, rtol=1e-4, atol=1e-5)
     assert set(model.state_dict()) == plain
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_gradients_of_the_llm_target_match_float64(int8: bool) -> None:
+    """Against dA = s B^T dW, dB = s dW A^T, with dW of the merged model in float64."""
+    model, reference = decoder(), decoder()
+    with torch.no_grad():
+        for parameter in (*model.parameters(), *reference.parameters()):
+            if parameter.ndim == 2:  # larger than at the start, so that attention matters
+                parameter.mul_(8)
+    if int8:
+        model.to_int8()
+    names = add_lora(model, ["llm"], rank=4, scale=0.5, dropout=0.0)
+    awake(model, names)
+    model.requires_grad_(False)
+    for name in names:
+        model.get_parameter(name).requires_grad_(True)
+    embeds, labels = torch.randn(2, 5, 32), torch.randint(0, 40, (2, 5))
+    model.loss(model.hidden_states(embeds), labels).backward()
+    weights: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            path, _, last = name.rpartition(".")
+            layer = model.get_submodule(path)
+            if isinstance(layer, Int8Linear) and last == "weight":
+                parameter.copy_(layer.dequantized())
+            if name.endswith(("q_proj.weight", "v_proj.weight")):
+                weights[path] = parameter
+        reference.double()
+        for path, weight in weights.items():
+            adapter = model.get_submodule(f"{path}.lora_llm")
+            weight += 0.5 * adapter.B.double() @ adapter.A.double()
+    logits = reference(embeds.double())
+    F.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+    for path, weight in weights.items():
+        adapter = model.get_submodule(f"{path}.lora_llm")
+        assert weight.grad is not None and weight.grad.abs().max() > 1e-4
+        for name, got, expected in (
+            ("A", adapter.A.grad, 0.5 * adapter.B.double().T @ weight.grad),
+            ("B", adapter.B.grad, 0.5 * weight.grad @ adapter.A.double().T),
+        ):
+            error = (got.double() - expected).abs().max().item()
+            assert error <= 2e-4 * expected.abs().max().item(), (path, name, error)
+    frozen = [n for n, p in model.named_parameters() if n not in names and p.grad is not None]
+    assert not frozen
 
 
 def test_adapters_on_int8_weights_learn_but_do_not_merge() -> None:

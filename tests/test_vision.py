@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from emrrg.errors import InputError
-from emrrg.lora import add_lora
+from emrrg.lora import LORA_TARGETS, add_lora
 from emrrg.vision import VISION_PRESETS, Mixer, VisionMamba, interpolate_pos_embed
 
 State = dict[str, Tensor]
@@ -296,10 +296,24 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
 
 
 def test_compiles_without_graph_breaks() -> None:
-    model = small()
-    add_lora(model, ["X", "dt_in", "C"], rank=3, dropout=0.0)
+    """With an adapter everywhere; then in training: dropped paths, checkpointing, autocast."""
+    model = small(depth=1)
+    names = add_lora(model, [t for t in LORA_TARGETS if t != "llm"], rank=3)
     images = torch.randn(1, 3, 48, 64)
+    with torch.no_grad():
+        for name in names:
+            model.get_parameter(name).normal_(std=0.1)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(images), model(images))
+    expected = model(images)
+    torch.testing.assert_close(compiled(images), expected)
+    expected.sum().backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if n in names}
+    model.zero_grad()
     compiled(images).sum().backward()
-    assert model.layers[0].mixer.in_proj.lora_X.B.grad is not None
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, msg=name)
+    model = small(depth=3, drop_path=0.5, checkpointing=True).train()
+    add_lora(model, ["X"], rank=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(images).sum().backward()
+    assert model.layers[0].mixer.in_proj.lora_X.B.grad.isfinite().all()

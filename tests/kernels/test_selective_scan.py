@@ -782,13 +782,29 @@ def test_vmap(implementation: str) -> None:
     torch.testing.assert_close(actual.squeeze(1), scan(**inputs))
 
 
-def test_a_second_derivative_is_refused() -> None:
-    inputs = {n: x.requires_grad_() for n, x in make(1, 3, 4, 3).items()}
-    out = selective_scan(**inputs, delta_softplus=True)
-    assert isinstance(out, Tensor)
-    (du,) = torch.autograd.grad(out.sum(), inputs["u"], create_graph=True)
-    with pytest.raises(RuntimeError, match="selective_scan_bwd"):
-        du.sum().backward()
+@pytest.mark.parametrize("implementation", EVERY)
+def test_gradients_of_each_sample(implementation: str) -> None:
+    """More on torch.func is in test_transforms.py."""
+    device = DEVICE if implementation == "triton" else torch.device("cpu")
+    inputs = {n: x.to(device) for n, x in make(2, 2, 3, 2, without=["initial_state"]).items()}
+    weights = ("A", "D", "delta_bias")
+
+    def loss(function: Any, tensors: Tensors) -> Tensor:
+        rows = {n: x if n in weights else x[None] for n, x in tensors.items()}
+        return function(**rows, delta_softplus=True).square().sum()
+
+    scan = functools.partial(selective_scan, implementation=implementation)
+    axes = ({n: None if n in weights else 0 for n in inputs},)
+    actual = torch.vmap(torch.func.grad(functools.partial(loss, scan)), axes)(inputs)
+    for i in range(2):
+        leaves = {n: x if n in weights else x[i] for n, x in inputs.items()}
+        leaves = {n: x.cpu().double().requires_grad_() for n, x in leaves.items()}
+        expected = torch.autograd.grad(loss(scan_ref, leaves), list(leaves.values()))
+        for name, value in zip(leaves, expected, strict=True):
+            torch.testing.assert_close(
+                actual[name][i].cpu().double(), value, rtol=1e-4, atol=1e-5,
+                msg=lambda m, n=name: f"{n}: {m}",
+            )  # fmt: skip
 
 
 _PROCESSES = """
@@ -797,21 +813,39 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from kernels.causal_conv1d import causal_conv1d
+from kernels.cross_scan import cross_scan
 from test_selective_scan import Mixer, gradients_of
+
+class Both(Mixer):  # a scan, then convolutions and scans in two orders of its output
+    def __init__(self):
+        super().__init__()
+        self.taps = torch.nn.Parameter(torch.randn(2, 6, 4))
+        self.A_logs = torch.nn.Parameter(torch.randn(2, 6, 4))
+        self.register_buffer("orders", torch.tensor([[0, 1, 2, 3, 4], [4, 2, 0, 1, 3]]))
+
+    def forward(self, x):
+        y = super().forward(x)
+        u = causal_conv1d(y, self.taps, None, self.orders)
+        rows = u[..., :4]
+        bias = self.dt_bias.expand(2, -1)
+        return cross_scan(
+            u, u, -self.A_logs.exp(), rows, rows, self.D.expand(2, -1), y, bias, self.orders
+        )
 
 def main(rank, file):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     torch.manual_seed(0)
     x = torch.randn(4, 5, 6)
-    model = Mixer()
+    model = Both()
     expected = gradients_of(model, x)
-    state = {n: p.detach().clone() for n, p in model.named_parameters()}
+    state = {n: p.clone() for n, p in model.state_dict().items()}
     parallel = DistributedDataParallel(model)
     parallel.zero_grad()
     parallel(x[2 * rank:][:2]).square().sum().mul(2).backward()  # gradients are averaged
     for n, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[n], msg=lambda m: f"DDP {n}: {m}")
-    sharded = Mixer()
+    sharded = Both()
     sharded.load_state_dict(state)
     mesh = dist.init_device_mesh("cpu", (2,))
     fully_shard(sharded, mesh=mesh)

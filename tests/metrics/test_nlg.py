@@ -204,6 +204,20 @@ def test_the_nearest_neighbour_baseline() -> None:
     assert "report" not in one
 
 
+def test_other_systems_are_scored_beside() -> None:
+    more, options = write(5, 40), {"bootstrap": 20, "seed": 3}
+    found = off(HYPOTHESES, REFERENCES, others={"constant": more}, train_reports=more, **options)
+    alone = off(more, REFERENCES, **options)
+    (name,) = found["others"]
+    assert name == "constant" and found["others"][name] != found["baselines"][name]
+    for score, value in found["others"][name].items():
+        assert value == alone[score], score
+    assert {*SCORES, "intervals"} == set(found["others"][name])
+    assert "others" not in alone
+    with pytest.raises(InputError, match="39 reports for 40 references"):
+        off(HYPOTHESES, REFERENCES, others={"x": more[1:]})
+
+
 def test_groups() -> None:
     groups = group_studies({"view": ["PA"] * 15 + ["AP"] * 25})
     found = off(HYPOTHESES, REFERENCES, groups=groups, bootstrap=20)["groups"]["view"]
