@@ -82,8 +82,11 @@ def _draw_curve(records: list[Record], title: str, device: str, path: Path) -> N
         if room:
             right.plot([x for x, _ in room], [y / MEBIBYTE for _, y in room], markersize=5, **style)
     unit = records[0]["series"]["unit"]
+    sizes = {r["series"]["x"] for r in records}
     for axes, what in ((left, "time, seconds"), (right, "peak memory, MiB")):
         axes.set(xscale="log", yscale="log", xlabel=unit, ylabel=what)
+        axes.set_xticks(sorted(sizes), [f"{x:g}" for x in sorted(sizes)], fontsize=8)
+        axes.tick_params(axis="x", which="minor", labelbottom=False)
         axes.grid(True, which="both", color="0.92")
         axes.set_axisbelow(True)
     figure.suptitle(f"{title} ({device})", fontsize=10)
@@ -124,8 +127,9 @@ def _draw_steps(records: list[Record], device: str, path: Path) -> None:
         axes.set_xticks(range(len(chosen)), labels, fontsize=8)
         axes.set(xlabel="studies a batch (ckpt: activation checkpointing)", ylabel=what)
     right.set_title(f"bars by regime: {', '.join(regimes)}; line: peak of a step", fontsize=8)
-    left.legend(fontsize=8)
-    right.legend(fontsize=8)
+    left.margins(y=0.25)
+    left.legend(fontsize=8, ncols=len(regimes), loc="upper center")
+    right.legend(fontsize=8, loc="upper left")
     figure.suptitle(f"{system} ({device})", fontsize=10)
     figure.savefig(path, dpi=110)
 
