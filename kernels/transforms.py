@@ -42,7 +42,7 @@ def transformable(
         if torch.compiler.is_compiling():
             return operator(*args)
         if torch._C._are_functorch_transforms_active():
-            return function.apply(*args)
+            return differentiable.apply(*args)
         # The dispatcher would drop the tangents without a word.
         if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in args):
             refuse()
@@ -79,7 +79,7 @@ def transformable(
         "jvp": refuse,
     }
     methods = {key: staticmethod(rule) for key, rule in rules.items()}
-    function: Any = type(name, (torch.autograd.Function,), methods)
+    differentiable: Any = type(name, (torch.autograd.Function,), methods)
     operator.register_autograd(backward, setup_context=setup_context)
     operator.register_vmap(each)
     return call

@@ -272,6 +272,7 @@ def test_finished_cells_are_not_run_again(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_small_square_is_trained_and_resumed(tmp_path: Path) -> None:
     small = (
         "--source-studies 32 --train-studies 32 --val-studies 4 --test-studies 8 --source-epochs 1 "

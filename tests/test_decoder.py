@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+import io
 import json
 import subprocess
 import sys
 import weakref
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -333,6 +335,17 @@ def test_broken_bin_files_are_named_before_any_tensor_is_read(tmp_path, zipped, 
         last.write_bytes(whole[:length])
         with pytest.raises(InputError, match=rf"{last.name}: .*(cut short|not a PyTorch file)"):
             Decoder.from_pretrained(tmp_path)
+    if zipped:  # whole to look at, but a tensor's bytes are missing or too few
+        with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+            parts = {name: archive.read(name) for name in archive.namelist()}
+        entry = next(name for name in parts if name.endswith("/data/1"))
+        for bytes_ in (None, parts[entry][:-4]):
+            with zipfile.ZipFile(last, "w") as archive:
+                for name, content in (parts | {entry: bytes_}).items():
+                    if content is not None:
+                        archive.writestr(name, content)
+            with pytest.raises(InputError, match=rf"{last.name}: storage 1 has \d+ bytes of \d+"):
+                Decoder.from_pretrained(tmp_path)
     torch.save({"x": Program(tmp_path / "mark")}, last, _use_new_zipfile_serialization=zipped)
     with pytest.raises(InputError, match=rf"{last.name}: its pickle asks for io\.open"):
         Decoder.from_pretrained(tmp_path)

@@ -20,6 +20,8 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from kernels import budgets  # noqa: E402
 
+pytestmark = pytest.mark.timeout(900)  # compiling takes a minute, on a busy machine many
+
 PAGE = Path(__file__).parents[2] / "docs/kernels.md"
 MODULES = ("selective_scan", "cross_scan", "causal_conv1d", "lora_linear")
 PINNED = "3.7.1"
