@@ -151,8 +151,10 @@ def run_folder(config: TrainConfig) -> Path:
         return Path(config.resume)
     if config.output is not None:
         run = Path(config.output)
-        # What is hidden are half-written files of an attempt that a kill ended at once.
-        if run.is_file() or (run.is_dir() and any(p.name[0] != "." for p in run.iterdir())):
+        # What is hidden are half-written files of an attempt that a kill ended at once; a
+        # configuration alone is that of an attempt which was refused before it trained.
+        left = {p.name for p in run.iterdir() if p.name[0] != "."} if run.is_dir() else set()
+        if run.is_file() or left - {"config.json"}:
             raise InputError(
                 f"--output: {run} exists already; choose another, or go on with --resume {run}"
             )

@@ -28,6 +28,7 @@ from emrrg import convert
 from emrrg import train as command
 from emrrg.config import TrainConfig, parse_config, run_command
 from emrrg.data.loading import load_studies
+from emrrg.errors import InputError
 from emrrg.evaluation import selection_score, write_reports
 from emrrg.jsonl import read_rows
 from emrrg.metrics import java
@@ -903,6 +904,19 @@ def test_a_real_process_ends_with_status_2(tmp_path: Path) -> None:
         f"emrrg.train: error: --resume: {tmp_path} holds no config.json, it is not a run folder\n"
     )
     assert not done.stdout
+
+
+def test_a_refused_start_leaves_the_folder_free(
+    train: Train, brief: list[str], tmp_path: Path
+) -> None:
+    """What a first attempt asked for is not asked for by the second."""
+    run = tmp_path / "run"
+    with pytest.raises(InputError, match="positions"):
+        train(*brief, "--max-report-tokens", "100000", "--epochs", 1, "--output", run)
+    assert train(*brief, "--epochs", 1, "--output", run) == 0
+    assert json.loads((run / "config.json").read_text())["max_report_tokens"] < 100000
+    with pytest.raises(InputError, match="exists already"):
+        train(*brief, "--epochs", 1, "--output", run)
 
 
 # --- Real studies ---
