@@ -911,10 +911,10 @@ def test_a_refused_start_leaves_the_folder_free(
 ) -> None:
     """What a first attempt asked for is not asked for by the second."""
     run = tmp_path / "run"
-    with pytest.raises(InputError, match="positions"):
-        train(*brief, "--max-report-tokens", "100000", "--epochs", 1, "--output", run)
+    with pytest.raises(InputError, match="is not a layer"):
+        train(*brief, "--hybrid-layers", 9, "--epochs", 1, "--output", run)
     assert train(*brief, "--epochs", 1, "--output", run) == 0
-    assert json.loads((run / "config.json").read_text())["max_report_tokens"] < 100000
+    assert read_run_config(run).hybrid_layers is None
     with pytest.raises(InputError, match="exists already"):
         train(*brief, "--epochs", 1, "--output", run)
 

@@ -745,6 +745,28 @@ def test_compile_with_changing_lengths_and_packing() -> None:
         torch.testing.assert_close(actual, scan(position_ids, **inputs))
 
 
+def test_the_other_functions_compile_without_graph_breaks() -> None:
+    """Channels first, and a step: values, new state and gradients."""
+    inputs = make(2, 5, 6, 4, without=("initial_state",))
+    first = {n: x.mT if n in ("u", "delta", "B", "C", "z") else x for n, x in inputs.items()}
+    step = {n: x[:, 0] if n in ("u", "delta", "B", "C", "z") else x for n, x in inputs.items()}
+    step["state"] = torch.randn(2, 6, 4)
+    cases: list[tuple[Callable[..., Any], Tensors, dict[str, bool]]] = [
+        (selective_scan_fn, first, {"delta_softplus": True, "return_last_state": True}),
+        (selective_state_update, step, {"delta_softplus": True}),
+    ]
+    for function, tensors, options in cases:
+        torch._dynamo.reset()
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        found = []
+        for call in (function, compiled):
+            leaves = {n: x.detach().requires_grad_() for n, x in tensors.items()}
+            out, state = call(**leaves, **options)
+            (out.square().sum() + state.sum()).backward()
+            found.append({"out": out, "state": state, **{n: x.grad for n, x in leaves.items()}})
+        assert_equal(found[1], found[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("implementation", EVERY)
 def test_autocast_changes_nothing(implementation: str) -> None:
     """The operator computes from what it is given; the state stays fp32."""
