@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from emrrg.building import build_model, check_fit, image_size_of
+from emrrg.building import build_model, check_fit, check_positions, image_size_of
 from emrrg.config import TrainConfig, to_dict
 from emrrg.data.dataset import Batch, Studies, batches, even_batches
 from emrrg.data.images import normalize
@@ -122,7 +122,9 @@ def prepare(
         model = load_run(run, device=device, which="last", place=place)
     else:
         model = build_model(config, studies["train"].reports(), device, place)
-    check_length(model, config)
+    image_tokens = model.visual_encoder.num_patches + 1
+    decoder = model.llama_model.config
+    check_positions(config, model.tokenizer, model.config.prompt, image_tokens, decoder)
     if len({str(part) for part in world.gather(model.tokenizer.encode("the heart is ."))}) > 1:
         raise InputError("--tokenizer: the processes do not agree on it; give them one file")
     trained = set(set_regime(model, config.regime or "full"))
@@ -162,19 +164,6 @@ def prepare(
     session.seconds["data"] += seconds
     session.features = cached_features(session)
     return session
-
-
-def check_length(model: ReportGenerator, config: TrainConfig) -> None:
-    """Refuse what the decoder has no positions for, before any long work."""
-    image = model.visual_encoder.num_patches + 1
-    prompt = 1 + sum(len(model.tokenizer.encode(part)) for part in model.config.prompt)
-    longest = max(config.max_report_tokens, config.max_new_tokens)
-    room = model.llama_model.config.max_position_embeddings
-    if image + prompt + longest > room:
-        raise InputError(
-            f"--max-report-tokens, --max-new-tokens: {image} image tokens, {prompt} of the prompt "
-            f"and {longest} of the report are more than the language model's {room} positions"
-        )
 
 
 def store_frozen(model: ReportGenerator, config: TrainConfig, device: torch.device) -> None:

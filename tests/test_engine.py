@@ -247,10 +247,14 @@ def test_the_blind_control_sees_the_mean(tmp_path: Path) -> None:
     assert not any(name.startswith("visual_encoder.") for name in made.parameters)
 
 
-def test_reports_that_are_too_long_are_refused(tmp_path: Path) -> None:
+def test_reports_that_are_too_long_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a model of an earlier run, whose language model has few positions."""
+    made = session(tmp_path / "first")
+    monkeypatch.setattr(engine, "build_model", lambda *_: made.model)
     with pytest.raises(InputError, match="more than the language model's") as error:
-        made = session(tmp_path)
-        engine.check_length(made.model, dataclasses.replace(CONFIG, max_new_tokens=1000))
+        session(tmp_path / "second", max_new_tokens=1000)
     assert "--max-report-tokens, --max-new-tokens" in str(error.value)
 
 
