@@ -224,7 +224,7 @@ def asked(devices: Sequence[Mapping[str, Any]]) -> list[str]:
         head.append("GPU")
         found.append([None] * len(CLAIMS))
     rows = [
-        [what, f"> {wanted} x", *(times(column[i]) for column in found)]
+        [what, f">= {wanted} x", *(times(column[i], wanted) for column in found)]
         for i, (what, wanted) in enumerate(CLAIMS)
     ]
     return ["## What was to be shown", markdown([head, *rows])]
@@ -235,9 +235,12 @@ def readme_table(devices: Sequence[Mapping[str, Any]]) -> str:
     return asked(devices)[1]
 
 
-def times(value: float | None) -> str:
-    """A ratio for people."""
-    return NOT_MEASURED if value is None else f"{value:.3g} x" if value < 100 else f"{value:.0f} x"
+def times(value: float | None, wanted: float = 0.0) -> str:
+    """A ratio for people; says so where it is less than was wanted."""
+    if value is None:
+        return NOT_MEASURED
+    missed = "" if value >= wanted else " (missed)"
+    return f"{value:.3g} x{missed}" if value < 100 else f"{value:.0f} x{missed}"
 
 
 @cache

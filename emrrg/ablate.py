@@ -107,7 +107,9 @@ class AblateConfig:
     """Train the cells of a comparison and write their scores as a table and a picture."""
 
     study: Literal["sight", "cross-attention", "rank", "share", "peft", "dataset"] = "sight"
-    """What is compared, see above."""
+    """What is compared: the reports with and without sight of the images; hybrid layers and Partial
+    LoRA on and off; LoRA's rank; the share of parameters that train; every LoRA target and PEFT
+    method; data sets (--data)."""
     seeds: tuple[int, ...] = (42, 43, 44)
     """Seeds of each cell, separated by commas (sight: the first one alone)."""
     output: str | None = None

@@ -26,12 +26,13 @@ from emrrg.errors import InputError
 from emrrg.heatmap import attention_maps, draw_heatmap
 from emrrg.jsonl import append_row, read_rows, write_rows
 from emrrg.model import ReportGenerator
-from emrrg.runs import load_run
+from emrrg.runs import load_run, read_run_config
 from emrrg.system import pick_device
 
 log = logging.getLogger("emrrg.generate")
 
 NOTICE = "Generated text, for research only: not a diagnosis."
+SYNTHETIC = "This model was trained on synthetic images alone: of a real one it knows nothing."
 TORN = b'{"id": '
 """How a line of the output begins, also one that a kill left half written."""
 
@@ -114,15 +115,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.list is not None:
         write_list(model, asked)
         return 0
+    notice = NOTICE
+    if read_run_config(Path(asked.run)).dataset == "phantoms":
+        notice = f"{NOTICE} {SYNTHETIC}"
     report = model.generate([asked.views])[0]
     if asked.heatmap is not None:
         draw_heatmap(attention_maps(model, asked.views, report), Path(asked.heatmap))
         log.info("where the hybrid layers looked: %s", asked.heatmap)
     if asked.json:
-        print(json.dumps({"views": list(asked.views), "report": report, "notice": NOTICE}))
+        print(json.dumps({"views": list(asked.views), "report": report, "notice": notice}))
     else:
         print(report)
-        log.info("%s", NOTICE)
+        log.info("%s", notice)
     return 0
 
 
@@ -172,6 +176,8 @@ def write_list(model: ReportGenerator, asked: GenerateConfig) -> None:
                     append_row(output, {"id": name, "report": report})
             bar.update(len(part))
     count = len(records) - unread
+    if not count and failed + unread:
+        raise InputError(f"--list: none of the {failed + unread} studies of {table} could be read")
     log.info("%s: %d reports, %d studies left out", output, count, failed + unread)
     log.info("%s", NOTICE)
 

@@ -243,9 +243,17 @@ class ReportGenerator(nn.Module):
         Returns:
             `num_return_sequences` reports a study (1 where it is not asked for), study by study.
         Raises:
-            InputError: an image is missing or broken (the message names it), or a setting that
-                does not exist or cannot be.
+            InputError: an image is missing or broken (the message names it), a study without views
+                or given as one path, or a setting that does not exist or cannot be.
         """
+        if not studies:
+            return []
+        for i, paths in enumerate(studies):
+            if isinstance(paths, str | Path) or not paths:
+                raise InputError(
+                    f"studies[{i}]: {str(paths)!r} is no list of views; "
+                    'one study of two views is [["a.png", "b.png"]]'
+                )
         fields = {f.name for f in dataclasses.fields(GenerationConfig)}
         for name in settings:
             if name not in fields - {"eos_token_id", "pad_token_id"}:

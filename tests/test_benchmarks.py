@@ -622,6 +622,7 @@ def test_what_was_not_measured_says_so():
     assert len(lines) == 1 + len(report.CLAIMS)
     assert "| 200 x | not measured |" in lines[1]
     assert all(line.endswith("| not measured | not measured |") for line in lines[4:])
+    assert report.times(14.5, 15) == "14.5 x (missed)" and report.times(15.0, 15) == "15 x"
     assert "- vLLM: needs a CUDA device" in page
     assert f"### Writing reports\n\n{report.NOTES['generation']}\n\nNot measured." in page
     assert "Every suite: not measured" in page

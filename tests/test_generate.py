@@ -22,7 +22,7 @@ from emrrg.config import ModelConfig, TrainConfig, to_dict
 from emrrg.data.phantoms import draw_phantom
 from emrrg.decoder import DecoderConfig
 from emrrg.errors import InputError
-from emrrg.generate import NOTICE, main
+from emrrg.generate import NOTICE, SYNTHETIC, main
 from emrrg.model import ReportGenerator, set_regime
 from emrrg.runs import save_base, save_checkpoint, write_json
 from emrrg.tokenizer import train_tokenizer
@@ -110,7 +110,8 @@ def test_views_of_one_study_are_read_together(
     assert NOTICE in err
     call(run, views[1], "--json")
     told = json.loads(capsys.readouterr().out)
-    assert told == {"views": [str(views[1])], "report": expected(200), "notice": NOTICE}
+    notice = f"{NOTICE} {SYNTHETIC}"
+    assert told == {"views": [str(views[1])], "report": expected(200), "notice": notice}
     assert len(seen) == 2
 
 
@@ -319,3 +320,26 @@ def test_pad_keeps_the_proportions(tmp_path: Path) -> None:
     padded = RecordStudies([record], 32, cache_bytes=0, fit="pad")[0].images
     assert stretched.min() == 255
     assert padded[0, 0, 0].max() == 0 and padded[0, 0, 16].min() == 255
+
+
+def test_a_list_of_which_nothing_can_be_read_is_an_error(run: Path, tmp_path: Path) -> None:
+    table = tmp_path / "list.csv"
+    table.write_text("id,image\na,nowhere.png\nb,nowhere.png\n")
+    with pytest.raises(InputError, match="none of the 2 studies"):
+        main([str(run), "--list", str(table), "--output", str(tmp_path / "o.jsonl")])
+
+
+def test_a_model_of_synthetic_images_says_so(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("L", (64, 64), 90).save(tmp_path / "a.png")
+    assert main([str(run), str(tmp_path / "a.png"), "--json"]) == 0
+    assert SYNTHETIC in json.loads(capsys.readouterr().out)["notice"]
+
+
+@pytest.mark.parametrize("studies", [["a.png", "b.png"], [[]]])
+def test_studies_are_lists_of_views(run: Path, studies: list[Any]) -> None:
+    model = emrrg.load(run)
+    assert model.generate([]) == []
+    with pytest.raises(InputError, match=r"studies\[0\].*no list of views"):
+        model.generate(studies)

@@ -99,7 +99,8 @@ def _documents(reports: Path) -> Iterator[tuple[str, bytes]]:
     except FileNotFoundError:
         raise InputError(f"--reports: {reports}: no such file or folder") from None
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise InputError(f"--reports: {reports}: not a readable tar archive: {error}") from None
+        reason = str(error).partition("\n")[0]  # tarfile tells of every compression it tried
+        raise InputError(f"--reports: {reports}: not a readable tar archive: {reason}") from None
     if not found:
         raise InputError(f"--reports: {reports}: no XML files in it")
 

@@ -131,7 +131,7 @@ def _columns(
         if kind not in role:
             raise InputError(
                 f"{table}: no column found for the {kind}; it has {', '.join(have[:12])}: "
-                f"name it by --{kind}-column"
+                f"call it {USUAL[kind][0]!r} (emrrg.data prepare also takes --{kind}-column)"
             )
     return role
 
