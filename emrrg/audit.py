@@ -587,8 +587,9 @@ def share_table(found: Mapping[str, Any]) -> list[list[str]]:
     rows = [["trains", "parameters", *(f"of {name}" for name in baselines)]]
     rows.append(["", "", *(f"{count:,}" for count in baselines.values())])
     for name, count in found["numerators"].items():
-        shares_here = found["percent"][name].values()
-        rows.append([name, f"{count:,}", *(f"{share:.3f} %" for share in shares_here)])
+        # A hybrid layer of a large language model is no share of a small encoder.
+        cells = (f"{p:.3f} %" if p <= 100 else "-" for p in found["percent"][name].values())
+        rows.append([name, f"{count:,}", *cells])
     return rows
 
 

@@ -19,6 +19,8 @@ from emrrg.audit import (
     measured_table,
     memory,
     paper_arithmetic,
+    share_table,
+    shares,
 )
 from emrrg.decoder_config import DecoderConfig, read_decoder_config
 from emrrg.errors import InputError
@@ -186,3 +188,14 @@ def test_bad_values_are_named() -> None:
 def test_nothing_is_allocated(large: dict[str, Any]) -> None:
     assert large["memory"]["full"]["weights"] > 2**34
     assert torch.zeros(1).device.type == "cpu", "no fake tensors are left behind"
+
+
+def test_what_is_no_part_has_no_share() -> None:
+    """Hybrid layers of a 7B model beside the tiny encoder."""
+    parts = (("encoder", 10, False), ("encoder", 2, True), ("projector", 1, False))
+    groups = [
+        {"part": part, "parameters": count, "added": added, "trainable": added, "hook_sees": True}
+        for part, count, added in (*parts, ("hybrid layers", 90, False))
+    ]
+    *_, last = share_table(shares(groups))
+    assert last == ["adapters + projector + hybrid layers", "93", "-", "-", "-", "90.291 %"]
