@@ -94,7 +94,7 @@ def load(source: Path, functions: Sequence[str]) -> Library:
         for path in sorted(folder.glob(f"{name}-*.so")):
             found = _open(path, functions)
             if found is not None:
-                logger.info("compiled CPU code: %s", path)
+                logger.debug("compiled CPU code: %s", path)
                 return Library(found)
         if not compiler:
             continue
