@@ -612,25 +612,34 @@ class _Block:
 
     def output(self, i: int, out: Tensor) -> None:
         """<C, h> of chunk i into (G B S, 1, D)."""
-        chunk = self.chunk
-        if self.C_rows is None:
-            spare = torch.mul(
-                chunk.states, self.C[i], out=self.memory.room("spare states", chunk.shape)
-            )
-            torch.sum(spare, 3, out=out.view(spare[:, :, :, 0].shape))
-        else:
-            torch.bmm(self.C_rows[i], chunk.states_matrices, out=out)
+        self._sum_states(self.C[i], self.C_rows, i, self.chunk.states_matrices, out)
 
     def moved(self, i: int, out: Tensor) -> None:
         """<B, g> of chunk i into (G B S, 1, D)."""
-        chunk = self.chunk
-        if self.B_rows is None:
-            spare = torch.mul(
-                chunk.gradient, self.B[i], out=self.memory.room("spare states", chunk.shape)
-            )
+        self._sum_states(self.B[i], self.B_rows, i, self.chunk.gradient_matrices, out)
+
+    def _sum_states(
+        self, x: Tensor, rows: Sequence[Tensor] | None, i: int, matrices: Tensor, out: Tensor
+    ) -> None:
+        """B or C of chunk i times states or their gradients (G B S, N, D), summed over N."""
+        if rows is None:
+            spare = self.chunk.spare
+            torch.mul(matrices.view(spare.shape), x, out=spare)
             torch.sum(spare, 3, out=out.view(spare[:, :, :, 0].shape))
         else:
-            torch.bmm(self.B_rows[i], chunk.gradient_matrices, out=out)
+            torch.bmm(rows[i], matrices, out=out)
+
+    def add_sums(
+        self, into: Tensor, y: Tensor, y_rows: Tensor, matrices: Tensor, sums: Tensor
+    ) -> None:
+        """y (G, B, S, 1, D) times (G B S, N, D): summed over D to `sums`, or added to (G, N, D)."""
+        if into.ndim == 5:
+            spare = self.chunk.spare
+            torch.mul(matrices.view(spare.shape), y, out=spare)
+            into += spare.sum((1, 2), keepdim=True)
+        else:
+            # A row times a transposed matrix is several times as fast as the matrix times a column.
+            torch.bmm(y_rows, matrices.mT, out=sums)
 
 
 class _Backward:
@@ -713,12 +722,13 @@ class _Backward:
             if outputs is not None:
                 block.output(i, outputs[i])
             if grads.C is not None:
-                self._add_sums(grads.C, dy_steps[i], dy_rows[i], chunk.states, dC[i])
+                block.add_sums(grads.C, dy_steps[i], dy_rows[i], chunk.states_matrices, dC[i])
             if not self.need_gradient:
                 continue
             self._gradients(block, i, dy_steps[i])
             if grads.B is not None:
-                self._add_sums(grads.B, block.steps_u[i], step_u_rows[i], chunk.gradient, dB[i])
+                factors = block.steps_u[i], step_u_rows[i]
+                block.add_sums(grads.B, *factors, chunk.gradient_matrices, dB[i])
             if self.need_moved:
                 block.moved(i, moved[i])
             if self.need_decay:
@@ -785,17 +795,6 @@ class _Backward:
     def _sum(chunks: Tensor) -> Tensor:
         """(chunks, G, B, S, D) to (G, 1, 1, D)."""
         return chunks.sum((0, 2, 3))[:, None, None]
-
-    def _add_sums(
-        self, into: Tensor, y: Tensor, y_rows: Tensor, states: Tensor, sums: Tensor
-    ) -> None:
-        """y (G, B, S, 1, D) times states: summed over D for `_finish`, or added to (G, N, D)."""
-        if into.ndim == 5:
-            spare = torch.mul(states, y, out=self.memory.room("spare states", states.shape))
-            into += spare.sum((1, 2), keepdim=True)
-        else:
-            # A row times a transposed matrix is several times as fast as the matrix times a column.
-            torch.bmm(y_rows, states.view(-1, *states.shape[-2:]).mT, out=sums)
 
 
 def _scan(
