@@ -16,6 +16,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -80,6 +81,14 @@ class Session:
     """(n, P+1, D) features of the training images, where they are cached."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SPENT, 0.0))
     """What this process's time goes to, as `SPENT` has it."""
+
+    @cached_property
+    def training_data(self) -> str:
+        """A hash of the training studies' names and reports, in their order."""
+        told = hashlib.sha256()
+        for name, row in zip(self.studies["train"].ids(), self.rows, strict=True):
+            told.update(f"{name} {row}\n".encode())
+        return told.hexdigest()
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -436,7 +445,7 @@ def save(run: Path, session: Session, progress: Progress, *, best: bool = False)
             "processes": world.size,
             "step_studies": session.step_studies,
             "numerics": numerics(device),
-            "training_data": fingerprint(session),
+            "training_data": session.training_data,
         }
         if session.scaler.is_enabled():
             facts["scaler"] = session.scaler.state_dict()
@@ -488,17 +497,9 @@ def restore(run: Path, session: Session, progress: Progress) -> None:
             "saved with %s, going on with %s: no longer the same numbers bit for bit",
             *(", ".join(f"{name} {of.get(name)}" for name in changed) for of in (was, now)),
         )
-    if state.get("training_data", fingerprint(session)) != fingerprint(session):
+    if state.get("training_data", session.training_data) != session.training_data:
         log.info("the training studies or their reports are not those that it was saved with")
     log.info("going on from step %d", progress.step)
-
-
-def fingerprint(session: Session) -> str:
-    """A hash of the training studies' names and reports, in their order."""
-    told = hashlib.sha256()
-    for name, row in zip(session.studies["train"].ids(), session.rows, strict=True):
-        told.update(f"{name} {row}\n".encode())
-    return told.hexdigest()
 
 
 @torch.no_grad()

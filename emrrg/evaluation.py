@@ -20,6 +20,7 @@ from emrrg.data.images import normalize
 from emrrg.data.loading import data_workers
 from emrrg.distributed import World, in_step
 from emrrg.errors import InputError
+from emrrg.jsonl import replaced
 from emrrg.metrics import score_reports
 from emrrg.metrics.clinical import Labels, score_comparisons, score_policies, score_sides
 from emrrg.model import ReportGenerator
@@ -326,6 +327,5 @@ def write_samples(folder: Path, result: Evaluation, studies: Studies, title: str
             f"**generated**: {result.hypotheses[i]}", "",
         ]  # fmt: skip
     lines.append("Generated text, for research only: not a diagnosis.")
-    temporary = folder / ".samples.md.tmp"  # a kill leaves the page before it
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    temporary.replace(folder / "samples.md")
+    with replaced(folder / "samples.md") as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from emrrg.jsonl import read_rows
+from emrrg.jsonl import read_rows, replaced
 
 
 def plot_curves(metrics: Path, path: Path) -> None:
@@ -41,9 +41,8 @@ def plot_curves(metrics: Path, path: Path) -> None:
         right.legend(fontsize=8)
     else:
         right.text(0.5, 0.5, "no validation yet", ha="center", transform=right.transAxes)
-    temporary = path.with_name(f".{path.name}.tmp")  # a kill leaves the picture before it
-    figure.savefig(temporary, dpi=110, format="png")
-    temporary.replace(path)
+    with replaced(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
 
 
 def plot_ablation(study: str, cells: Mapping[str, Mapping[str, Any]], path: Path) -> None:

@@ -40,6 +40,7 @@ from emrrg.decoder import Decoder
 from emrrg.decoder_config import DecoderConfig
 from emrrg.errors import InputError
 from emrrg.generation import GenerationConfig
+from emrrg.jsonl import replaced
 from emrrg.model import ReportGenerator
 from emrrg.tokenizer import load_tokenizer
 
@@ -62,13 +63,11 @@ class Checkpoint:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader finds the old file or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with replaced(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
     sync_folder(path.parent)
 
 
