@@ -23,6 +23,7 @@ from emrrg.errors import InputError
 from emrrg.jsonl import replaced
 from emrrg.metrics import score_reports
 from emrrg.metrics.clinical import Labels, score_comparisons, score_policies, score_sides
+from emrrg.metrics.java import meteor_ahead
 from emrrg.model import ReportGenerator
 from emrrg.runs import generation_of, write_json
 from emrrg.scoring import Scoring, known_labels
@@ -132,8 +133,8 @@ def write_reports(
                     raise InputError(
                         f"--eval-batch-size: reports of {len(batch.ids)} studies "
                         f"({', '.join(batch.ids[:4])}, ...) do not fit into the memory of {device} "
-                        f"with {config.beams} beams; try a smaller --eval-batch-size, fewer "
-                        "--beams, --precision bf16, or --llm-int8"
+                        f"with {config.num_beams} beams; try a smaller --eval-batch-size, fewer "
+                        "--num-beams, --precision bf16, or --llm-int8"
                     ) from error
                 for index, name, report in zip(batch.indices, batch.ids, reports, strict=True):
                     written[index] = (name, report)
@@ -193,64 +194,67 @@ def evaluate_model(
         StoppedError: as `write_reports`.
     """
     world = world or World()
-    started = time.perf_counter()
-    written = write_reports(
-        model, studies, config, device, label=label, world=world, stopped=stopped
-    )
-    seconds = time.perf_counter() - started
-    if not written.ids:
-        raise InputError(f"no study of this split could be read; the first: {written.failures[0]}")
-    known = studies.reports()
-    references = [known[i] for i in written.indices]
-    options = (scoring or default_scoring(studies)).of(written.indices)
-    groups = options.groups()
-
-    def score() -> tuple[dict[str, Any], dict[str, Any]]:
-        truth, source = options.truth(references)
-        predicted = options.labeler(written.reports)
-        drawn: dict[str, Any] = {"bootstrap": bootstrap, "seed": config.seed}
-        scores = score_reports(
-            written.reports,
-            references,
-            protocol=config.protocol,
-            tokenization=options.tokenization,
-            max_tokens=config.max_report_tokens,
-            min_count=MIN_COUNTS.get(config.dataset or "", 3),
-            tokenizer=model.tokenizer,
-            meteor="auto" if meteor else "off",
-            train_reports=train_reports,
-            neighbour_reports=options.neighbours,
-            others={
-                name: [texts.get(study, "") for study in written.ids]
-                for name, texts in (others or {}).items()
-            },
-            groups=groups,
-            per_report=options.per_report,
-            **drawn,
+    with meteor_ahead() if meteor and world.is_main else contextlib.nullcontext():
+        started = time.perf_counter()
+        written = write_reports(
+            model, studies, config, device, label=label, world=world, stopped=stopped
         )
+        seconds = time.perf_counter() - started
+        if not written.ids:
+            raise InputError(
+                f"no study of this split could be read; the first: {written.failures[0]}"
+            )
+        known = studies.reports()
+        references = [known[i] for i in written.indices]
+        options = (scoring or default_scoring(studies)).of(written.indices)
+        groups = options.groups()
 
-        def clinical(labels: Sequence[Labels], **others: Any) -> dict[str, Any]:
-            settings = {"uncertain": options.uncertain, "source": source, **drawn, **others}
-            return score_policies(labels, truth, **settings)
+        def score() -> tuple[dict[str, Any], dict[str, Any]]:
+            truth, source = options.truth(references)
+            predicted = options.labeler(written.reports)
+            drawn: dict[str, Any] = {"bootstrap": bootstrap, "seed": config.seed}
+            scores = score_reports(
+                written.reports,
+                references,
+                protocol=config.protocol,
+                tokenization=options.tokenization,
+                max_tokens=config.max_report_tokens,
+                min_count=MIN_COUNTS.get(config.dataset or "", 3),
+                tokenizer=model.tokenizer,
+                meteor="auto" if meteor else "off",
+                train_reports=train_reports,
+                neighbour_reports=options.neighbours,
+                others={
+                    name: [texts.get(study, "") for study in written.ids]
+                    for name, texts in (others or {}).items()
+                },
+                groups=groups,
+                per_report=options.per_report,
+                **drawn,
+            )
 
-        scores["clinical"] = clinical(predicted, groups=groups)
-        for name, baseline in scores["baselines"].items():
-            same = [baseline.get("report", "")] * len(references)
-            texts = options.neighbours if name == "nearest_neighbour" else same
-            baseline["clinical"] = clinical(options.labeler(texts or []))
-        scores["sides"] = score_sides(written.reports, references, **drawn)
-        scores["comparisons"] = score_comparisons(
-            written.reports, references, has_prior=options.priors, **drawn
-        )
-        scores["extra"] = {}
-        scores["reports_per_second"] = len(written.reports) / max(seconds, 1e-9)
-        scores["unreadable"] = written.failures
-        per_report = scores.pop("per_report", {})
-        return scores, {"predicted": predicted, "truth": truth, "per_report": per_report}
+            def clinical(labels: Sequence[Labels], **others: Any) -> dict[str, Any]:
+                settings = {"uncertain": options.uncertain, "source": source, **drawn, **others}
+                return score_policies(labels, truth, **settings)
 
-    started = time.perf_counter()
-    scores, details = world.once(score)
-    scoring_seconds = time.perf_counter() - started
+            scores["clinical"] = clinical(predicted, groups=groups)
+            for name, baseline in scores["baselines"].items():
+                same = [baseline.get("report", "")] * len(references)
+                texts = options.neighbours if name == "nearest_neighbour" else same
+                baseline["clinical"] = clinical(options.labeler(texts or []))
+            scores["sides"] = score_sides(written.reports, references, **drawn)
+            scores["comparisons"] = score_comparisons(
+                written.reports, references, has_prior=options.priors, **drawn
+            )
+            scores["extra"] = {}
+            scores["reports_per_second"] = len(written.reports) / max(seconds, 1e-9)
+            scores["unreadable"] = written.failures
+            per_report = scores.pop("per_report", {})
+            return scores, {"predicted": predicted, "truth": truth, "per_report": per_report}
+
+        started = time.perf_counter()
+        scores, details = world.once(score)
+        scoring_seconds = time.perf_counter() - started
     return Evaluation(
         scores,
         written.ids,

@@ -29,7 +29,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -70,16 +70,18 @@ def scan_forward(
         state = part.of(_state(last, groups))
         ours = None if kept is None else part.of(kept)
         for block, y in _outputs(part.of_scan(scan), state, memory, ours):
-            if z_steps is not None:
+            if z_steps is None:
+                block.join(block.mask(y), part.of(out_steps))
+            else:
                 gate = block.cut(part.of(z_steps))
-                y *= torch.ops.aten.silu.out(gate, out=block.room("spare"))
-            block.join(block.mask(y), part.of(out_steps))
+                gate = torch.ops.aten.silu.out(gate, out=block.room("spare"))
+                block.put(part.of(out_steps), torch.mul, y, gate)
     return out, last
 
 
 def kept_shape(batch: int, length: int, dim: int, state: int, groups: int) -> tuple[int, ...]:
     """Of the states before steps STEPS, 2 STEPS, ..., (G, B, ..., N, D / G), in A's precision."""
-    return groups, batch, max(length - 1, 0) // STEPS, state, dim // groups
+    return groups, batch, length // STEPS, state, dim // groups
 
 
 def scan_backward(
@@ -110,6 +112,9 @@ def scan_backward(
     du_steps, ddelta_steps, dz_steps, z_steps, dout_steps = (
         None if x is None else _steps(x, groups) for x in (du, ddelta, dz, z, dout)
     )
+    if dz is not None and dout is None:
+        dz.zero_()
+        dz_steps = None
     grads = _Grads.zeros(scan, du_steps, ddelta_steps, [*needs[2:6], *needs[7:]])
     end_gradient = None if dlast is None else _state(dlast.to(scan.A.dtype), groups)
     memory = _Memory(scan.A)
@@ -117,22 +122,22 @@ def scan_backward(
         end = None if end_gradient is None else part.of(end_gradient)
         ours = None if kept is None else part.of(kept)
         backward = _Backward(part.of_scan(scan), part.of_grads(grads), end, memory, ours)
-        for block in backward.blocks(need_output=dz is not None):
-            dy = block.room("dy")
-            y = None if dz is None else block.room("y")
+        for block in backward.blocks(need_output=dz_steps is not None):
+            dy, y = block.room("dy"), None
             if dout_steps is None:
                 dy.zero_()
-            else:
+            elif z_steps is None:
                 dy.copy_(block.cut(part.of(dout_steps)))
-            if z_steps is not None:
-                gate = block.cut(part.of(z_steps))
-                slope = block.room("slope")
-                if dz is not None:
-                    torch.ops.aten.silu_backward.grad_input(dy, gate, grad_input=slope)
-                dy *= torch.ops.aten.silu.out(gate, out=block.room("spare"))
+            else:
+                gradient, gate = block.cut(part.of(dout_steps)), block.cut(part.of(z_steps))
+                if dz_steps is not None:
+                    y, slope = block.room("y"), block.room("slope")
+                    torch.ops.aten.silu_backward.grad_input(gradient, gate, grad_input=slope)
+                gate = torch.ops.aten.silu.out(gate, out=block.room("spare"))
+                torch.mul(gradient, gate, out=dy)
             backward.run(block, block.mask(dy), y)
             if dz_steps is not None and y is not None:
-                block.join(block.mask(y.mul_(slope)), part.of(dz_steps))
+                block.put(part.of(dz_steps), torch.mul, y, slope)
     dA, dinitial = grads.A, grads.initial
     return (
         du,
@@ -448,38 +453,30 @@ class _Chunk:
         self.memory, self.shape = memory, shape
         self.decay, self.states = memory.room("decay", shape), memory.room("states", shape)
         self.decay_steps, self.states_steps = self.decay.unbind(2), self.states.unbind(2)
-        self.states_matrices = self.states.view(-1, *shape[-2:])
+        self.decay_matrices, self.states_matrices = (
+            x.view(-1, *shape[-2:]) for x in (self.decay, self.states)
+        )
 
     @cached_property
-    def gradient(self) -> Tensor:
-        """For the states' gradients, (G, B, S, N, D)."""
-        return self.memory.room("gradient", self.shape)
+    def arrived(self) -> Tensor:
+        """For what is left of the state before, a_t h_{t-1}."""
+        return self.memory.room("arrived", self.shape)
+
+    @cached_property
+    def arrived_steps(self) -> tuple[Tensor, ...]:
+        """Each (G, B, N, D)."""
+        return self.arrived.unbind(2)
+
+    @cached_property
+    def arrived_rows(self) -> Tensor:
+        """(G B, S, N D)."""
+        groups, batch, steps, state, dim = self.shape
+        return self.arrived.view(groups * batch, steps, state * dim)
 
     @cached_property
     def spare(self) -> Tensor:
         """For products, (G, B, S, N, D)."""
         return self.memory.room("spare states", self.shape)
-
-    @cached_property
-    def gradient_steps(self) -> tuple[Tensor, ...]:
-        """Each (G, B, N, D)."""
-        return self.gradient.unbind(2)
-
-    @cached_property
-    def gradient_matrices(self) -> Tensor:
-        """(G B S, N, D)."""
-        return self.gradient.view(-1, *self.shape[-2:])
-
-    @cached_property
-    def after_first(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The decays' first step, their other steps, and the states before those."""
-        return self.decay_steps[0], self.decay[:, :, 1:], self.states[:, :, :-1]
-
-    @cached_property
-    def decay_rows(self) -> Tensor:
-        """(G B, S, N D)."""
-        groups, batch, steps, state, dim = self.shape
-        return self.decay.view(groups * batch, steps, state * dim)
 
     @cached_property
     def ones(self) -> tuple[Tensor, Tensor]:
@@ -558,12 +555,14 @@ class _Block:
         """A buffer (chunks, G, B, S, N)."""
         return self.memory.room(name, self.rows)
 
+    def _chunks(self, steps: Tensor) -> Tensor:
+        """A view of the block's steps, (G, B, ..., X)."""
+        return steps.unflatten(2, (self.count, -1)).permute(2, 0, 1, 3, 4)
+
     def cut(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The block's steps of x (G, B, L, ...) in chunks, a view unless something changes."""
         x = x[:, :, self.place].to(dtype or self.scan.A.dtype)
-        if self.scan.reverse:
-            x = x.flip(2)
-        return x.unflatten(2, (self.count, -1)).permute(2, 0, 1, 3, 4)
+        return self._chunks(x.flip(2) if self.scan.reverse else x)
 
     def join(self, chunks: Tensor, into: Tensor) -> None:
         """Write chunks to where `cut` reads them."""
@@ -571,7 +570,17 @@ class _Block:
         if self.scan.reverse:
             steps.copy_(chunks.permute(1, 2, 0, 3, 4).flatten(2, 3).flip(2))
         else:
-            steps.unflatten(2, (self.count, -1)).permute(2, 0, 1, 3, 4).copy_(chunks)
+            self._chunks(steps).copy_(chunks)
+
+    def put(self, into: Tensor | None, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
+        """function(*values), 0 in padding, written to where `cut` reads; None: to a buffer."""
+        dtype = self.scan.A.dtype
+        if into is not None and not self.scan.reverse and self.skip is None and into.dtype == dtype:
+            return function(*values, out=self._chunks(into[:, :, self.place]))
+        chunks = self.mask(function(*values, out=self.room("spare")))
+        if into is not None:
+            self.join(chunks, into)
+        return chunks
 
     def take_tokens(self, x: Tensor, orders: Tensor, chunks: Tensor) -> Tensor:
         """What the orders (G, L) visit of x (B, L, D) at these steps, written to chunks."""
@@ -610,13 +619,24 @@ class _Block:
             h.addcmul_(a, before)
             before = h
 
+    def states_and_arrived(self, i: int, before: Tensor) -> None:
+        """Compute also a_t h_{t-1}."""
+        self.decays(i)
+        chunk, step_u = self.chunk, self.steps_u[i].unbind(2)
+        B = self.B[i].expand(-1, -1, len(step_u), -1, -1).unbind(2)
+        rooms = zip(chunk.states_steps, chunk.arrived_steps, chunk.decay_steps, strict=True)
+        for (h, arrived, a), b, x in zip(rooms, B, step_u, strict=True):
+            torch.mul(a, before, out=arrived)
+            torch.addcmul(arrived, b, x, out=h)
+            before = h
+
     def output(self, i: int, out: Tensor) -> None:
         """<C, h> of chunk i into (G B S, 1, D)."""
         self._sum_states(self.C[i], self.C_rows, i, self.chunk.states_matrices, out)
 
     def moved(self, i: int, out: Tensor) -> None:
         """<B, g> of chunk i into (G B S, 1, D)."""
-        self._sum_states(self.B[i], self.B_rows, i, self.chunk.gradient_matrices, out)
+        self._sum_states(self.B[i], self.B_rows, i, self.chunk.states_matrices, out)
 
     def _sum_states(
         self, x: Tensor, rows: Sequence[Tensor] | None, i: int, matrices: Tensor, out: Tensor
@@ -716,7 +736,7 @@ class _Backward:
         for i in reversed(range(block.count)):
             if self.need_states:
                 start = self.starts.pop()
-                block.states(i, start)
+                block.states_and_arrived(i, start)
             elif self.need_gradient:
                 block.decays(i)
             if outputs is not None:
@@ -728,11 +748,11 @@ class _Backward:
             self._gradients(block, i, dy_steps[i])
             if grads.B is not None:
                 factors = block.steps_u[i], step_u_rows[i]
-                block.add_sums(grads.B, *factors, chunk.gradient_matrices, dB[i])
+                block.add_sums(grads.B, *factors, chunk.states_matrices, dB[i])
             if self.need_moved:
                 block.moved(i, moved[i])
             if self.need_decay:
-                self._decay_gradients(block, i, start, powers[i])
+                self._decay_gradients(block, i, powers[i])
         if y is not None and self.scan.D is not None:
             y.addcmul_(block.u, self.scan.D)
         self._finish(block, dy)
@@ -740,29 +760,26 @@ class _Backward:
     def _gradients(self, block: _Block, i: int, dy: Tensor) -> None:
         """The states' gradients of chunk i; dy (G, B, S, 1, D)."""
         chunk = block.chunk
-        torch.mul(block.C[i], dy, out=chunk.gradient)
-        g, a = chunk.gradient_steps, chunk.decay_steps
+        torch.mul(block.C[i], dy, out=chunk.states)
+        g, a = chunk.states_steps, chunk.decay_steps
         g[-1].add_(self.carry)
         for t in range(len(g) - 1, 0, -1):
             g[t - 1].addcmul_(a[t], g[t])
         torch.mul(a[0], g[0], out=self.carry)
 
-    def _decay_gradients(self, block: _Block, i: int, start: Tensor, powers: Tensor) -> None:
+    def _decay_gradients(self, block: _Block, i: int, powers: Tensor) -> None:
         """What goes through exp(d A) in chunk i; the decays and the gradients are lost.
 
         Sums are products with ones, which take a third of the time of `sum`.
         """
         chunk, (ones_state, ones_step) = block.chunk, block.chunk.ones
-        q = chunk.decay.mul_(chunk.gradient)
-        first, others, before = chunk.after_first
-        first.mul_(start)
-        others.mul_(before)
+        q = chunk.arrived.mul_(chunk.states)
         if self.need_step:
-            torch.mul(q, self.scan.A, out=chunk.gradient)
-            torch.bmm(ones_state, chunk.gradient_matrices, out=powers)
+            torch.mul(q, self.scan.A, out=chunk.decay)
+            torch.bmm(ones_state, chunk.decay_matrices, out=powers)
         if self.dA is not None:
             q.mul_(block.steps[i])
-            self.dA.baddbmm_(ones_step, chunk.decay_rows)
+            self.dA.baddbmm_(ones_step, chunk.arrived_rows)
 
     def _finish(self, block: _Block, dy: Tensor) -> None:
         """What needs no states."""
@@ -774,27 +791,27 @@ class _Backward:
         if grads.D is not None:
             grads.D += self._sum(torch.mul(dy, block.u, out=block.room("spare")))
         if self.need_step:
-            dstep = powers.addcmul_(moved, block.u)
             if scan.softplus:
-                spare = block.room("spare")
-                dstep = torch.ops.aten.softplus_backward.grad_input(
-                    dstep, block.before, 1, 20, grad_input=spare
-                )
-            block.mask(dstep)
+                dstep = powers.addcmul_(moved, block.u)
+                dstep = block.put(grads.delta, _softplus_backward, dstep, block.before)
+            else:
+                dstep = block.put(grads.delta, torch.addcmul, powers, moved, block.u)
             if grads.bias is not None:
                 grads.bias += self._sum(dstep)
-            if grads.delta is not None:
-                block.join(dstep, grads.delta)
         if grads.u is not None:
-            du = moved.mul_(block.step)
-            if scan.D is not None:
-                du.addcmul_(dy, scan.D)
-            block.join(du, grads.u)
+            if scan.D is None:
+                block.put(grads.u, torch.mul, moved, block.step)
+            else:
+                block.put(grads.u, torch.addcmul, moved.mul_(block.step), dy, scan.D)
 
     @staticmethod
     def _sum(chunks: Tensor) -> Tensor:
         """(chunks, G, B, S, D) to (G, 1, 1, D)."""
         return chunks.sum((0, 2, 3))[:, None, None]
+
+
+def _softplus_backward(gradient: Tensor, before: Tensor, out: Tensor) -> Tensor:
+    return torch.ops.aten.softplus_backward.grad_input(gradient, before, 1, 20, grad_input=out)
 
 
 def _scan(
@@ -853,7 +870,8 @@ def _outputs(
 
     `kept` (G, B, ..., N, D) gets the states of `scan_forward`.
     """
-    before, place = scan.start(), 0
+    before = last = scan.start()
+    slots = iter(() if kept is None else kept.unbind(2))
     for steps, size in scan.ranges():
         block = _Block(scan, steps, size, memory)
         y = block.room("y")
@@ -861,14 +879,14 @@ def _outputs(
         for i in range(block.count):
             block.states(i, before)
             block.output(i, rows[i])
-            before.copy_(block.chunk.states_steps[-1])
-            if kept is not None:
-                for h in block.chunk.states_steps[STEPS - 1 :: STEPS]:
-                    if place < kept.shape[2]:
-                        kept[:, :, place].copy_(h)
-                    place += 1
+            *_, last = states = block.chunk.states_steps
+            if kept is None:
+                before.copy_(last)
+            for h in states[STEPS - 1 :: STEPS] if kept is not None else ():
+                before = next(slots)
+                before.copy_(h)
         yield block, y if scan.D is None else y.addcmul_(block.u, scan.D)
-    state.copy_(before)
+    state.copy_(last)
 
 
 def _copy(x: Tensor) -> Tensor:

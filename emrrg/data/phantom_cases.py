@@ -8,7 +8,10 @@ drawn are exactly those that a faithful labeler reads in the report.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -83,12 +86,20 @@ def sample_cases(rng: np.random.Generator, domain: Domain) -> list[Case]:
             return [cases[name] for name in RATES if name in cases]
 
 
+@cache
+def _shares(weights: tuple[float, ...]) -> list[float]:
+    """Where each option ends in 0 to 1."""
+    ends = list(itertools.accumulate(weights))
+    return [end / ends[-1] for end in ends]
+
+
 def _place(name: str, free: set[tuple[str, str]], rng: np.random.Generator) -> Case | None:
     """One finding where there is room for it; None where there is none."""
 
     def pick(options: tuple[str, ...], weights: tuple[float, ...] | None = None) -> str:
-        p = None if weights is None else np.asarray(weights) / sum(weights)
-        return options[int(rng.choice(len(options), p=p))]
+        if weights is None:
+            return options[int(rng.integers(len(options)))]
+        return options[bisect.bisect_right(_shares(weights), rng.random())]
 
     def take(zones: tuple[str, ...]) -> tuple[str, str] | None:
         room = sorted(slot for slot in free if slot[1] in zones)
@@ -296,8 +307,8 @@ def write_report(
     """
 
     def choose(phrases: Phrases) -> str:
-        weights = np.array([p[1 + DOMAINS.index(domain)] for p in phrases], dtype=float)
-        return phrases[int(rng.choice(len(phrases), p=weights / weights.sum()))][0]
+        shares = _shares(tuple(phrase[1 + DOMAINS.index(domain)] for phrase in phrases))
+        return phrases[bisect.bisect_right(shares, rng.random())][0]
 
     told: dict[str, str] = {}
     for case in cases:

@@ -11,6 +11,7 @@ Shapes: S pixels a side, N entries a table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -56,6 +57,35 @@ def bump(t: Array, centre: float, width: float) -> Array:
     """A Gaussian of height 1."""
     z = (t - np.float32(centre)) * np.float32(1 / width)
     return np.exp(-z * z)
+
+
+def rib_fall(distance: Array) -> Array:
+    """How far a posterior rib has come down at a distance from the spine."""
+    r = np.abs(distance)
+    return np.asarray(-0.10 * r + 1.15 * r**2 + 6.0 * np.maximum(r - 0.24, 0) ** 2, np.float32)
+
+
+def clavicle_y(distance: Array) -> Array:
+    """Height of the clavicle over the distance from the middle."""
+    r = np.abs(distance)
+    return np.asarray(-0.255 - 0.30 * r + 0.35 * r**2 + 0.012 * np.sin(r * 16), np.float32)
+
+
+# Tables that every patient shares, (N,).
+AWAY = np.abs(GRID)  # from the middle line
+RIB_FALL = (RIB_TOP + rib_fall(GRID)).astype(np.float32)
+CLAVICLE = clavicle_y(GRID)
+CLAVICLE_STRENGTH = edge(AWAY - np.float32(0.035), 0.02) * edge(0.40 - AWAY, 0.05)
+BESIDE_SPINE = edge(AWAY - np.float32(0.04), 0.03)  # where ribs are seen
+FRONT_RIBS = 0.6 * edge(AWAY - np.float32(0.17), 0.06)
+TRUNK = np.float32(0.60) - np.float32(0.30) * GRID * GRID
+VERTEBRAE = (0.075 + 0.025 * np.cos(GRID * (2 * np.pi / 0.062))).astype(np.float32)
+NECK = 0.12 + 0.10 * np.clip((GRID + 0.5) / 0.1, 0, 1) ** 2
+SHOULDERS = 1 - (1 - np.clip((GRID + 0.43) / 0.13, 0, 1)) ** 2
+WIDENING, KNOB, TRUNK_ARTERY = (
+    bump(GRID, centre, width) for centre, width in ((-0.14, 0.14), (-0.145, 0.028), (-0.055, 0.035))
+)
+LOWER = np.clip((GRID + 0.10) / 0.2, 0, 1)
 
 
 def draw(
@@ -123,13 +153,13 @@ class View:
         angle = np.radians(rng.uniform(-5, 5))
         zoom = rng.uniform(0.95, 1.06)
         cos, sin = zoom * np.cos(angle), zoom * np.sin(angle)
-        self._to_body = np.array([[cos, sin], [-sin, cos]])
-        self._to_image = np.array([[cos, -sin], [sin, cos]]) / zoom**2
-        self._shift = rng.uniform(-0.025, 0.025, 2)
+        shift = rng.uniform(-0.025, 0.025, 2)
+        to_image = np.array([cos, -sin, sin, cos]) / zoom**2
+        self._to_image = (*to_image.tolist(), *shift.tolist())
         self.size = size
         pixels = pixel_centres(size)
-        a, b, c, d = (np.float32(v) for v in self._to_body.ravel())
-        u, v = pixels - np.float32(self._shift[0]), pixels - np.float32(self._shift[1])
+        a, b, c, d = (np.float32(v) for v in (cos, sin, -sin, cos))
+        u, v = (pixels - np.float32(s) for s in shift)
         self.x = (a * u)[None, :] + (b * v)[:, None]
         self.y = (c * u)[None, :] + (d * v)[:, None]
         self.distance = np.abs(self.x)
@@ -139,16 +169,19 @@ class View:
 
     def to_image(self, x: Any, y: Any) -> tuple[Any, Any]:
         """Body coordinates (numbers or arrays) to image coordinates, from the middle."""
-        (a, b), (c, d) = self._to_image
-        return a * x + b * y + self._shift[0], c * x + d * y + self._shift[1]
+        a, b, c, d, u, v = self._to_image
+        return a * x + b * y + u, c * x + d * y + v
 
     def window(self, left: float, top: float, right: float, bottom: float) -> Window:
         """The pixels of a box in body coordinates, and few more."""
         corners = [self.to_image(x, y) for x in (left, right) for y in (top, bottom)]
-        (u0, v0), (u1, v1) = np.min(corners, 0), np.max(corners, 0)
-        first = (np.floor((np.array([v0, u0]) + 0.5) * self.size)).clip(0, self.size)
-        last = (np.ceil((np.array([v1, u1]) + 0.5) * self.size)).clip(0, self.size)
-        return slice(int(first[0]), int(last[0])), slice(int(first[1]), int(last[1]))
+        columns, rows = (self._pixels(min(ends), max(ends)) for ends in zip(*corners, strict=True))
+        return rows, columns
+
+    def _pixels(self, low: float, high: float) -> slice:
+        """The pixels of a range of image coordinates."""
+        first, last = math.floor((low + 0.5) * self.size), math.ceil((high + 0.5) * self.size)
+        return slice(min(max(first, 0), self.size), min(max(last, 0), self.size))
 
     def blobs(self, blobs: Sequence[tuple[float, float, float, float, float]]) -> Array:
         """(S, S) sum of upright Gaussians, each (x, y, half width, half height, strength)."""
@@ -199,14 +232,13 @@ class Chest:
             ]
         ).astype(np.float32)
         narrow = rng.uniform(0.040, 0.050)
-        widening = bump(t, -0.14, 0.14) * rng.uniform(0.048, 0.060)
+        widening = WIDENING * rng.uniform(0.048, 0.060)
         if "Enlarged Cardiomediastinum" not in cases:
             widening = np.zeros_like(t)
-        lower = np.clip((t + 0.10) / 0.2, 0, 1)
-        knob = rng.uniform(0.014, 0.022) * bump(t, -0.145, 0.028)
-        knob += rng.uniform(0.010, 0.018) * bump(t, -0.055, 0.035)
-        right = narrow + widening + 0.020 * lower
-        self.sides = {"right": right, "left": narrow + widening * 1.1 + knob + 0.03 * lower}
+        knob = rng.uniform(0.014, 0.022) * KNOB
+        knob += rng.uniform(0.010, 0.018) * TRUNK_ARTERY
+        right = narrow + widening + 0.020 * LOWER
+        self.sides = {"right": right, "left": narrow + widening * 1.1 + knob + 0.03 * LOWER}
         self.mediastinum = np.concatenate([self.sides[s] for s in SIDES]).astype(np.float32)
         outer, inner = zip(*(self.lung(side) for side in SIDES), strict=True)
         self.outer, self.inner = np.concatenate(outer), np.concatenate(inner)
@@ -523,7 +555,7 @@ class Picture:
     def ribs(self, area: Window) -> Array:
         """Posterior ribs and, fainter, anterior ones in a window; 0 to about 1.2."""
         columns, y, distance = (a[area] for a in (self.view.ix, self.view.y, self.view.distance))
-        number = y - (RIB_TOP + rib_fall(GRID)).astype(np.float32)[columns]
+        number = y - RIB_FALL[columns]
         number *= np.float32(1 / RIB_SPACING)
         if self.broken_rib is not None:
             side, broken, at = self.broken_rib
@@ -541,23 +573,22 @@ class Picture:
         number *= np.float32(0.92 / RIB_SPACING)
         number -= 1
         front = rib_profile(number)
-        front *= (0.6 * edge(np.abs(GRID) - np.float32(0.17), 0.06))[columns]
+        front *= FRONT_RIBS[columns]
         ribs += front
-        ribs *= edge(np.abs(GRID) - np.float32(0.04), 0.03)[columns]
+        ribs *= BESIDE_SPINE[columns]
         ribs *= edge(self.inside[area] + np.float32(0.012), 0.02)
         return ribs
 
     def add_clavicles_to(self, out: Array) -> None:
         """Draw both clavicles."""
-        curve = clavicle_y(GRID)
-        strength = edge(np.abs(GRID) - np.float32(0.035), 0.02)
-        strength *= edge(0.40 - np.abs(GRID), 0.05)
+        curve, strength = CLAVICLE, CLAVICLE_STRENGTH
         if self.broken_clavicle is not None:
             side, at = self.broken_clavicle
             beyond = SIGN[side] * GRID - np.float32(at)
             curve = curve + np.float32(0.042) * (beyond > 0)
-            strength *= np.maximum(1 + line(beyond, 0.05) - 2.2 * line(beyond, 0.016), 0)
-        area = self.view.window(-0.45, curve[np.abs(GRID) < 0.45].min() - 0.02, 0.45, -0.2)
+            ends = 1 + line(beyond, 0.05) - 2.2 * line(beyond, 0.016)
+            strength = strength * np.maximum(ends, 0)
+        area = self.view.window(-0.45, curve[AWAY < 0.45].min() - 0.02, 0.45, -0.2)
         columns = self.view.ix[area]
         away = np.abs(self.view.y[area] - curve[columns])
         bone = edge(0.013 - away, 0.008) * np.float32(0.75)
@@ -595,7 +626,7 @@ class Picture:
         """(S, S) attenuation, from 0 (air) to about 1 (metal); `rng` gives the patient's rest."""
         view = self.view
         air = self.air * (1 - self.haze)
-        out = (np.float32(0.60) - np.float32(0.30) * GRID * GRID)[view.ix]
+        out = TRUNK[view.ix]
         out += np.float32(0.012) * smooth_noise(rng, 28, view.size)
         below = edge(-self.above, 0.06)
         below *= 1 - self.lung
@@ -619,9 +650,8 @@ class Picture:
         out[cage] += ribs
         self.add_clavicles_to(out)
         middle = view.window(-0.06, -0.6, 0.06, 0.6)
-        vertebrae = (0.075 + 0.025 * np.cos(GRID * (2 * np.pi / 0.062))).astype(np.float32)
         spine = edge(np.float32(0.034) - view.distance[middle], 0.02)
-        spine *= vertebrae[view.iy[middle]]
+        spine *= VERTEBRAE[view.iy[middle]]
         windpipe = edge(np.float32(0.019) - view.distance[middle], 0.012)
         windpipe *= edge(np.float32(-0.12) - view.y[middle], 0.04)
         out[middle] += spine - np.float32(0.14) * windpipe
@@ -638,22 +668,8 @@ class Picture:
     def _body(self, rng: np.random.Generator) -> Array:
         """(S, S) 1 within neck, shoulders and trunk."""
         shoulder = rng.uniform(0.47, 0.53)
-        neck = 0.12 + 0.10 * np.clip((GRID + 0.5) / 0.1, 0, 1) ** 2
-        slope = np.clip((GRID + 0.43) / 0.13, 0, 1)
-        width = neck + (shoulder - neck) * (1 - (1 - slope) ** 2)
+        width = NECK + (shoulder - NECK) * SHOULDERS
         return edge(width.astype(np.float32)[self.view.iy] - self.view.distance, 0.02)
-
-
-def rib_fall(distance: Array) -> Array:
-    """How far a posterior rib has come down at a distance from the spine."""
-    r = np.abs(distance)
-    return np.asarray(-0.10 * r + 1.15 * r**2 + 6.0 * np.maximum(r - 0.24, 0) ** 2, np.float32)
-
-
-def clavicle_y(distance: Array) -> Array:
-    """Height of the clavicle over the distance from the middle."""
-    r = np.abs(distance)
-    return np.asarray(-0.255 - 0.30 * r + 0.35 * r**2 + 0.012 * np.sin(r * 16), np.float32)
 
 
 def rib_profile(number: Array) -> Array:

@@ -7,13 +7,15 @@ arguments, but every text is one line, the process has a deadline, and it is end
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -67,9 +69,9 @@ def meteor(
         for hypothesis, reference in zip(hypotheses, references, strict=True)
     )
     limit = 120 + 0.2 * len(pairs) if timeout is None else timeout
-    command = [java(), "-Xmx2G", "-Dfile.encoding=UTF-8", "-jar", METEOR_JAR, "-", "-", "-stdio"]
     results = []
-    with _Conversation([*command, "-l", "en", "-norm"], _package("meteor"), limit) as talk:
+    with _started.pop() if _started else _start_meteor() as talk:
+        talk.limit(limit)
         counted = {
             (hypothesis, reference): talk.ask(f"SCORE ||| {reference} ||| {hypothesis}")
             for hypothesis, reference in pairs
@@ -92,6 +94,33 @@ def meteor(
             statistics[whole, 20] = 0
             results.append(Meteor(score, segments, statistics))
     return results
+
+
+@contextmanager
+def meteor_ahead() -> Iterator[None]:
+    """Start METEOR's program now, for the first `meteor` within.
+
+    Its start, of seconds, then passes beside something else. Where it does not start, nothing
+    happens: `meteor` tries once more and says why.
+    """
+    program = None
+    with contextlib.suppress(JavaError, OSError):
+        program = _start_meteor()
+        _started.append(program)
+    try:
+        yield
+    finally:
+        if program in _started:
+            _started.remove(program)
+            program.end()
+
+
+_started: list[_Conversation] = []  # nobody talks to them yet
+
+
+def _start_meteor() -> _Conversation:
+    command = [java(), "-Xmx2G", "-Dfile.encoding=UTF-8", "-jar", METEOR_JAR, "-", "-", "-stdio"]
+    return _Conversation([*command, "-l", "en", "-norm"], _package("meteor"))
 
 
 def meteor_score(sums: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -169,11 +198,10 @@ def one_line(text: str) -> str:
 
 
 class _Conversation:
-    """Lines to a process and lines back, until the deadline, after which it is killed."""
+    """Lines to a process and lines back, until a deadline, after which it is killed."""
 
-    def __init__(self, command: Sequence[str], folder: Path, seconds: float) -> None:
-        self._seconds = seconds
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
+    def __init__(self, command: Sequence[str], folder: Path) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed in end
         self._process = subprocess.Popen(
             command,
             cwd=folder,
@@ -184,20 +212,30 @@ class _Conversation:
             encoding="utf-8",
             start_new_session=True,  # Ctrl-C is for us: we end it, or finish what it is needed for
         )
-        self._late = threading.Event()
-        self._timer = threading.Timer(seconds, self._end)
+        self._late: str | None = None
+        self._timer: threading.Timer | None = None
+
+    def limit(self, seconds: float) -> None:
+        """Set the deadline."""
+
+        def stop() -> None:
+            self._late = f"METEOR was ended after {seconds:.0f} s"
+            self._process.kill()
+
+        self._timer = threading.Timer(seconds, stop)
         self._timer.daemon = True
         self._timer.start()
-
-    def _end(self) -> None:
-        self._late.set()
-        self._process.kill()
 
     def __enter__(self) -> _Conversation:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
+        self.end()
+
+    def end(self) -> None:
+        """End the process, whatever it does."""
+        if self._timer is not None:
+            self._timer.cancel()
         self._process.kill()
         for pipe in (self._process.stdin, self._process.stdout):
             _close(pipe)
@@ -224,8 +262,8 @@ class _Conversation:
         return self.hear()
 
     def _failure(self) -> JavaError:
-        if self._late.is_set():
-            return JavaError(f"METEOR was ended after {self._seconds:.0f} s")
+        if self._late is not None:
+            return JavaError(self._late)
         self._process.wait()
         self._errors.seek(0)
         return JavaError(

@@ -36,8 +36,8 @@ HYPOTHESES = [
 
 
 # What broke the program's line protocol: newlines, its separator, half a character.
-WILD = ["no\npleural\u2028effusion", "a ||| b", "heart \ud83d\x00 normal", "\t"]
-PLAIN = ["no pleural effusion", "a b", one_line("heart \ud83d\x00 normal"), ""]
+WILD = ["no\npleural\u2028effusion", "the lungs ||| mild", "heart \ud83d\x00 normal", "\t"]
+PLAIN = ["no pleural effusion", "the lungs mild", one_line("heart \ud83d\x00 normal"), ""]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_score_from_summed_statistics_equals_the_programs(scored: list[Meteor]) 
 @needs_java
 def test_any_text_is_one_line(scored: list[Meteor]) -> None:
     np.testing.assert_array_equal(scored[2].segments, scored[3].segments)
-    assert scored[2].segments[0] > 0
+    assert scored[2].segments[0] > 0 and scored[2].segments[1] > 0
 
 
 @needs_java
@@ -123,6 +123,41 @@ def test_a_program_that_never_answers_is_ended(
             ptb_tokenize(["a"], timeout=1.0)
     assert time.monotonic() - started < 30
     assert not alive(int(note.read_text()))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the stand-in for Java is a script")
+@pytest.mark.parametrize("used", [True, False])
+def test_a_program_that_was_started_ahead_serves_once_and_is_ended(
+    used: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = " ".join(["1.0"] * 23)
+    body = f"""
+import os, sys
+open({str(tmp_path / "starts")!r}, "a").write(str(os.getpid()) + "\\n")
+for line in sys.stdin:
+    print({counts!r} if line.startswith("SCORE") else "0.5\\n0.5", flush=True)"""
+    play_java(tmp_path, body, monkeypatch)
+    starts = tmp_path / "starts"
+    with java.meteor_ahead():
+        for _ in range(600):
+            if starts.exists() and starts.read_text().endswith("\n"):
+                break
+            time.sleep(0.05)
+        if used:
+            assert meteor([(["a"], ["b"])])[0].score == 0.5
+            assert len(starts.read_text().split()) == 1
+            assert meteor([(["a"], ["b"])])[0].score == 0.5
+    pids = [int(line) for line in starts.read_text().split()]
+    assert len(pids) == (2 if used else 1)
+    assert not any(map(alive, pids))
+
+
+def test_ahead_without_java_leaves_the_message_to_meteor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with java.meteor_ahead(), pytest.raises(JavaError, match="no Java on the PATH"):
+        meteor([(["a"], ["b"])])
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the stand-in for Java is a script")
