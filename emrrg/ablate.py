@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shlex
 import shutil
@@ -28,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -48,6 +50,7 @@ from emrrg.evaluation import headline
 from emrrg.metrics.clinical import compare_labels, label_report
 from emrrg.metrics.nlg import compare_reports
 from emrrg.plots import plot_ablation
+from emrrg.progress import clock
 from emrrg.recipes import source_stage, suggest
 from emrrg.runs import read_index, read_json, write_json
 
@@ -165,6 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for cell in cells
             for seed in seeds
         ]
+        todo = sum(not read_index(run).get("finished") for run, _ in tasks)
+        log.info("%d trainings, %d of them to do", len(tasks), todo)
         threads = max(1, (os.cpu_count() or 1) // config.jobs) if config.jobs > 1 else None
         run_cells(tasks, config.jobs, threads, train)
     results = {
@@ -295,17 +300,26 @@ def base_run(config: AblateConfig, folder: Path, flags: Sequence[str], train: Tr
 def run_cells(
     tasks: Sequence[tuple[Path, Sequence[str]]], jobs: int, threads: int | None, train: Train
 ) -> None:
-    """Train the cells, `jobs` at a time.
+    """Train the cells, `jobs` at a time; after each, say how many are left and for how long.
 
     Raises:
         InputError: cells that failed, when all others are done.
         KeyboardInterrupt: stopped; the trainings have ended.
     """
     failed: list[str] = []
+    ended: list[Path] = []
+    times: list[float] = []
 
     def attempt(run: Path, flags: Sequence[str]) -> None:
+        started = time.monotonic()
         try:
-            run_cell(run, flags, threads, train)
+            if run_cell(run, flags, threads, train):
+                times.append(time.monotonic() - started)
+            ended.append(run)
+            left = len(tasks) - len(ended) - len(failed)
+            if left and times:
+                spent = statistics.fmean(times) * math.ceil(left / jobs)
+                log.info("%d trainings left, about %s", left, clock(spent))
         except InputError as error:
             log.info("%s", error)
             failed.append(str(error))
@@ -325,15 +339,17 @@ def run_cells(
         raise InputError(f"{many}{failed[0]}")
 
 
-def run_cell(run: Path, flags: Sequence[str], threads: int | None, train: Train) -> None:
+def run_cell(run: Path, flags: Sequence[str], threads: int | None, train: Train) -> bool:
     """Train one cell, or go on with it, or leave it as it is where it is done.
 
+    Returns:
+        Whether it trained.
     Raises:
         InputError: the training failed (the message names its log).
     """
     if read_index(run).get("finished"):
         log.info("%s: done already", run)
-        return
+        return False
     started = any(run.rglob("checkpoints/index.json"))
     if not started and (run / "config.json").exists():
         shutil.rmtree(run)  # it ended before there was anything to go on with
@@ -348,6 +364,7 @@ def run_cell(run: Path, flags: Sequence[str], threads: int | None, train: Train)
     if status:
         last = output.read_text(encoding="utf-8").strip().splitlines()[-1:] or ["no output"]
         raise InputError(f"{output}: the training ended with status {status}: {last[0]}")
+    return True
 
 
 def read_cell(run: Path) -> dict[str, Any]:

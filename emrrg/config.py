@@ -34,6 +34,11 @@ PEFT_METHODS = (
     "delta-bias", "parallel-adapter", "prompt", "prompt-projected",
 )  # fmt: skip
 
+RENAMED = {"beams": "num_beams"}
+"""Earlier names of fields, which files and command lines may still use."""
+METAVARS = {"device": "DEVICE", "split": "NAME", "train_flags": "FLAGS"}
+"""What stands for the value in ``--help`` where a text is no path."""
+
 PROMPT = (
     "Human: <Img>",
     "</Img> Generate a comprehensive and detailed diagnosis report for this chest xray image. "
@@ -190,7 +195,7 @@ class TrainConfig:
     max_report_tokens: int = 100
     """Longer reports are cut to this many tokens in training (the end mark is kept)."""
 
-    beams: int = 3
+    num_beams: int = 3
     """Beams of the search at validation and test."""
     min_new_tokens: int = 1
     """Shortest generated report, in tokens."""
@@ -228,7 +233,9 @@ class TrainConfig:
     output: str | None = None
     """Run folder [default: runs/<recipe or data set>, numbered where that exists]."""
     resume: str | None = None
-    """Go on with this run folder, from its last checkpoint, with its configuration."""
+    """Go on with this run folder, from its last checkpoint, with its configuration; only --epochs,
+    --device, --threads, --workers, --log-every, --save-every, --keep-last, --bad-steps and
+    --tensorboard may be given beside it."""
     log_every: int = 10
     """Steps between log lines."""
     save_every: int = 200
@@ -262,7 +269,7 @@ class TrainConfig:
                 raise InputError(f"--peft: {method!r} is not one of {', '.join(PEFT_METHODS)}")
         for name in (
             "epochs", "batch_size", "eval_batch_size", "lora_rank", "vocab_size", "decoder_dim",
-            "decoder_layers", "decoder_heads", "max_report_tokens", "beams", "max_new_tokens",
+            "decoder_layers", "decoder_heads", "max_report_tokens", "num_beams", "max_new_tokens",
             "log_every", "save_every", "keep_last", "bad_steps", "source_studies", "source_epochs",
             "threads", "source_steps", "max_steps", "train_studies", "val_studies", "test_studies",
             "accumulate", "extra_states", "affix_tokens", "prompt_tokens", "adapter_dim",
@@ -366,6 +373,7 @@ def from_dict(cls: type[ConfigT], values: Mapping[str, Any], where: str) -> Conf
         InputError: an unknown key, or a value that the class refuses.
     """
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values = _present_names(cls, values)
     hints = typing.get_type_hints(cls)
     for name, value in values.items():
         if name not in known:
@@ -390,6 +398,23 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
     return value
+
+
+def check_writable(path: Path, name: str) -> None:
+    """Find out before the work, not after it, that a file cannot be written; makes its folder.
+
+    Raises:
+        InputError: it cannot (the message begins with the flag's name).
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        with open(path, "ab"):
+            pass
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise InputError(f"{name}: {path} cannot be written ({error.strerror})") from error
 
 
 def parse_config(
@@ -421,7 +446,7 @@ def parse_config(
     given = vars(parser.parse_args(argv))
     path = given.pop("config", None)
     if path is not None:
-        values = read_json(path)
+        values = _present_names(cls, read_json(path))
         from_file = {k: v for k, v in values.items() if k not in given}
         from_dict(cls, {**_defaults(cls), **values}, str(path))
         given = {**from_file, **given}
@@ -433,17 +458,18 @@ def run_command(main: Callable[[Sequence[str] | None], int | None]) -> typing.No
     """Run a command's `main`; what the user can mend becomes one line and exit status 2."""
     program = Path(sys.argv[0])
     name = program.parent.name if program.stem == "__main__" else program.stem
+    name = "emrrg" if name == "emrrg" else f"emrrg.{name}"
     try:
         status = main(None)
     except InputError as error:
-        print(f"emrrg.{name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         status = 2
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"emrrg.{name}: error: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"{name}: error: {where}{error.strerror or error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
-        print(f"emrrg.{name}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         status = 130
     sys.exit(status or 0)
 
@@ -453,6 +479,12 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> typing.NoReturn:
         raise InputError(message.removeprefix("argument "))
+
+
+def _present_names(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values under the names that their fields have now."""
+    known = {f.name for f in dataclasses.fields(cls)}
+    return {RENAMED[k] if RENAMED.get(k) in known else k: v for k, v in values.items()}
 
 
 def _defaults(cls: type) -> dict[str, Any]:
@@ -504,11 +536,15 @@ def _add_argument(
     else:
         options["type"] = kind
         if not positional:
-            options["metavar"] = {int: "N", float: "X"}.get(kind, "PATH")
+            text_of = "NAME" if item.name.endswith("_column") else METAVARS.get(item.name, "PATH")
+            options["metavar"] = {int: "N", float: "X"}.get(kind, text_of)
     if positional:
         parser.add_argument(item.name, **options)
-    else:
-        parser.add_argument(flag(item.name), default=argparse.SUPPRESS, **options)
+        return
+    options |= {"dest": item.name, "default": argparse.SUPPRESS}
+    parser.add_argument(flag(item.name), **options)
+    for old in (old for old, new in RENAMED.items() if new == item.name):
+        parser.add_argument(flag(old), **options | {"help": argparse.SUPPRESS})
 
 
 def _comma_list(element: type) -> Callable[[str], tuple[Any, ...]]:

@@ -7,6 +7,9 @@ that this command wrote, or the folder of a run. OUT becomes a folder:
     config.json           what they are, what the file lacked, what stayed behind and why
     peft/<component>/     with --adapter-format peft: the adapters as Hugging Face PEFT reads them
 
+OUT is a ``--vision-checkpoint`` for `emrrg.train`, and an IN of this command. It holds no tokenizer
+and writes no reports: a folder that does is made by `emrrg.export`.
+
 Nothing of a ``.pth`` is ever run; a file that asks for anything but tensors and settings is
 refused.
 """
@@ -14,6 +17,7 @@ refused.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -37,8 +41,10 @@ from emrrg.config import parse_config, run_command
 from emrrg.decoder_config import read_decoder_config
 from emrrg.errors import InputError
 from emrrg.huggingface_adapter import huggingface_adapters
-from emrrg.runs import load_run, state_of, write_json
+from emrrg.runs import load_run, state_of, tell_if_unfinished, write_json
 from emrrg.vision import interpolate_pos_embed
+
+log = logging.getLogger("emrrg.convert")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DOWNSTREAM_SIZE = 224  # pixels a side, to which the autoregressive files are brought
@@ -109,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_safetensors(folder / WEIGHTS, released.tensors, {"format": "emrrg"})
     write_json(folder / CONVERTED_CONFIG, converted_config(released))
     sys.stdout.write(describe(released, folder))
+    if released.vision:
+        sys.stdout.write(f"  next: python -m emrrg.train --vision-checkpoint {folder} ...\n")
     return 0
 
 
@@ -128,6 +136,7 @@ def read_file(config: ConvertConfig, path: str) -> ReleasedCheckpoint:
 def read_run(run: Path) -> tuple[ReleasedCheckpoint, float]:
     """The best weights of a run, and the dropout of its adapters."""
     model = load_run(run)
+    tell_if_unfinished(run, log)
     settings = model.config
     vision = {
         name: getattr(settings, name)

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from emrrg.config import TrainConfig, parse_config, run_command
+from emrrg.config import TrainConfig, check_writable, parse_config, read_json, run_command
 from emrrg.data.dataset import Studies
 from emrrg.data.loading import load_studies
 from emrrg.errors import InputError
@@ -26,7 +27,16 @@ from emrrg.metrics.table import score_table
 from emrrg.model import ReportGenerator
 from emrrg.neighbours import nearest_reports
 from emrrg.result_page import PATIENT_NOTICE, write_result_page
-from emrrg.runs import load_run, read_run_config, write_json
+from emrrg.runs import (
+    CHECKSUMS,
+    WEIGHTS,
+    find_checkpoint,
+    is_export,
+    load_run,
+    read_run_config,
+    tell_if_unfinished,
+    write_json,
+)
 from emrrg.scoring import (
     RULES,
     Scoring,
@@ -57,7 +67,7 @@ class EvaluateConfig:
     """Folder that the annotation's image paths start from."""
     studies: int | None = None
     """At most this many studies."""
-    beams: int | None = None
+    num_beams: int | None = None
     """Beams of the search [default: as in training]."""
     min_new_tokens: int | None = None
     """Shortest report, in tokens [default: as in training]."""
@@ -96,7 +106,8 @@ class EvaluateConfig:
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
     output: str | None = None
-    """Folder for scores.json, predictions.json and samples.md [default: RUN/evaluation-SPLIT]."""
+    """Folder for scores.json, predictions.json and samples.md [default: RUN/evaluation-SPLIT, with
+    the --annotation's name behind it; numbered where another evaluation's scores are there]."""
 
     def __post_init__(self) -> None:
         for name in ("studies", "batch_size", "html_studies"):
@@ -120,11 +131,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = Path(asked.run)
     device = pick_device(asked.device)
     model = load_run(run, device=device, which=asked.checkpoint)
+    tell_if_unfinished(run, log)
     trained = read_run_config(run)
     config = settings(asked, trained)
+    evaluated = evaluated_by(asked, config, run)
+    output = output_folder(asked, run, evaluated)
     studies = load_studies(config, model.config.image_size, (asked.split,))[asked.split]
     # The baselines come from the studies that the run was trained on.
     training = load_studies(trained, model.config.image_size, ("train",))["train"]
+    check_writable(output / "scores.json", "--output")
+    if asked.html is not None:
+        check_writable(Path(asked.html), "--html")
     scoring = scoring_of(asked, model, studies, training, config, device)
     result = evaluate_model(
         model,
@@ -137,9 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         scoring=scoring,
         label=asked.split,
     )
-    output = Path(asked.output) if asked.output else run / f"evaluation-{asked.split}"
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "scores.json", result.scores)
+    write_json(output / "scores.json", {**result.scores, "evaluated": evaluated})
     write_predictions(output / "predictions.json", result)
     write_samples(output, result, studies, asked.split)
     log.info("%s", score_table(result.scores))
@@ -150,6 +165,67 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.html is not None:
         page(asked, model, result, studies)
     return 0
+
+
+def evaluated_by(asked: EvaluateConfig, config: TrainConfig, run: Path) -> dict[str, Any]:
+    """What decides the scores: the weights, the data and the flags, as ``scores.json`` keeps it."""
+    exported = is_export(run)
+    checkpoint = run if exported else find_checkpoint(run, asked.checkpoint)
+    sums = checkpoint / CHECKSUMS
+    digest = read_json(sums)[WEIGHTS][:12] if sums.exists() else ""
+    flags = (
+        "split", "tokenization", "meteor", "bootstrap", "neighbours", "by", "labels", "chexbert",
+        "vocabulary", "uncertain",
+    )  # fmt: skip
+    settings = (
+        "dataset", "num_beams", "min_new_tokens", "max_new_tokens", "repetition_penalty",
+        "length_penalty", "protocol", "clean", "marks",
+    )  # fmt: skip
+    return {
+        "weights": f"{'exported' if exported else checkpoint.name} {digest}",
+        # Those of the run stay as they are there, wherever it is moved.
+        "annotation": os.path.abspath(asked.annotation) if asked.annotation else config.annotation,
+        "images": os.path.abspath(asked.images) if asked.images else config.images,
+        "studies": getattr(config, f"{asked.split}_studies"),
+        **{name: getattr(asked, name) for name in flags} | {"by": list(asked.by)},
+        **{name: getattr(config, name) for name in settings},
+    }
+
+
+def output_folder(asked: EvaluateConfig, run: Path, evaluated: Mapping[str, Any]) -> Path:
+    """Where the results go, never in the place of another evaluation's.
+
+    Raises:
+        InputError: --output holds the scores of another evaluation.
+    """
+    if asked.output is not None:
+        folder = Path(asked.output)
+        if other := difference(folder, evaluated):
+            raise InputError(f"--output: {folder} {other}; choose another folder")
+        return folder
+    name = f"evaluation-{asked.split}"
+    if asked.annotation is not None:
+        name += f"-{Path(asked.annotation).stem}"
+    folder, number = run / name, 1
+    while other := difference(folder, evaluated):
+        number += 1
+        log.info("%s %s", folder, other)
+        folder = run / f"{name}-{number}"
+    return folder
+
+
+def difference(folder: Path, evaluated: Mapping[str, Any]) -> str:
+    """In what the scores of a folder are another evaluation's; "" where they are not."""
+    file = folder / "scores.json"
+    if not file.exists():
+        return ""
+    before = read_json(file).get("evaluated", {})
+    for name, now in evaluated.items():
+        if name not in before:
+            return "holds other scores"
+        if before[name] != now:
+            return f"holds the scores of another evaluation ({name} {before[name]!r}, not {now!r})"
+    return ""
 
 
 def scoring_of(
@@ -208,7 +284,7 @@ def settings(asked: EvaluateConfig, trained: TrainConfig) -> TrainConfig:
     changes = {
         name: value
         for name in (
-            "beams", "min_new_tokens", "max_new_tokens", "repetition_penalty", "length_penalty",
+            "num_beams", "min_new_tokens", "max_new_tokens", "repetition_penalty", "length_penalty",
             "protocol", "annotation", "images",
         )
         if (value := getattr(asked, name)) is not None

@@ -50,6 +50,7 @@ from emrrg.runs import (
     read_run_config,
     state_of,
     stays_in_llm_folder,
+    tell_if_unfinished,
     trains_llm,
     write_checksums,
     write_json,
@@ -87,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if is_export(run):
         raise InputError(f"{run}: is exported already")
     model = load_run(run, which=config.checkpoint)
+    tell_if_unfinished(run, log)
     adapted = "llm" in model.config.lora_targets
     if config.link_llm:
         if model.config.llm is None:

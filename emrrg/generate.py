@@ -17,22 +17,25 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from emrrg.config import parse_config, run_command
+from emrrg.config import check_writable, parse_config, run_command
 from emrrg.data.dataset import RecordStudies, batches, even_batches
 from emrrg.data.images import normalize
-from emrrg.data.records import Dropped, Record
+from emrrg.data.records import Dropped, Record, SourceStudy
 from emrrg.data.tabular import studies
 from emrrg.errors import InputError
 from emrrg.heatmap import attention_maps, draw_heatmap
 from emrrg.jsonl import append_row, read_rows, write_rows
 from emrrg.model import ReportGenerator
-from emrrg.runs import load_run, read_run_config
+from emrrg.runs import load_run, read_run_config, tell_if_unfinished
 from emrrg.system import pick_device
 
 log = logging.getLogger("emrrg.generate")
 
 NOTICE = "Generated text, for research only: not a diagnosis."
 SYNTHETIC = "This model was trained on synthetic images alone: of a real one it knows nothing."
+SETTINGS = (
+    "num_beams", "min_new_tokens", "max_new_tokens", "repetition_penalty", "length_penalty",
+)  # fmt: skip
 TORN = b'{"id": '
 """How a line of the output begins, also one that a kill left half written."""
 
@@ -47,7 +50,10 @@ class GenerateConfig:
     views: tuple[str, ...] = ()
     """Image files: all views of one study."""
     list: str | None = None
-    """CSV, TSV, JSON or JSON Lines file with image path(s) and, where there is one, an id a row."""
+    """Annotation file, or a CSV, TSV, JSON or JSON Lines file with image path(s) and, where there
+    is one, an id a row."""
+    split: Literal["train", "val", "test"] | None = None
+    """With --list: only the studies of this split, where the list has splits."""
     output: str | None = None
     """With --list: JSON Lines file that gets an object a study; what it holds is not done again."""
     images: str | None = None
@@ -62,7 +68,7 @@ class GenerateConfig:
     """Write a PNG of where the hybrid layers looked, sentence by sentence."""
     checkpoint: Literal["best", "last"] = "best"
     """Which weights."""
-    beams: int | None = None
+    num_beams: int | None = None
     """Beams of the search [default: as in training]."""
     min_new_tokens: int | None = None
     """Shortest report, in tokens [default: as in training]."""
@@ -83,8 +89,8 @@ class GenerateConfig:
                 raise InputError("--output: needed with --list, a .jsonl file")
             if self.heatmap is not None or self.json:
                 raise InputError("--heatmap, --json: go with image files, not with --list")
-        elif self.output is not None or self.images is not None:
-            raise InputError("--output, --images: go with --list")
+        elif (self.output, self.images, self.split) != (None, None, None):
+            raise InputError("--output, --images, --split: go with --list")
         if self.batch_size < 1 or self.workers < 0:
             raise InputError("--batch-size, --workers: at least 1, and not below 0")
         if self.heatmap is not None and Path(self.heatmap).suffix.lower() != ".png":
@@ -95,29 +101,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; arguments and errors as `emrrg.train.main`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     asked, _ = parse_config(GenerateConfig, argv, "emrrg.generate", positional=("run", "views"))
+    if asked.heatmap is not None:
+        check_writable(Path(asked.heatmap), "--heatmap")
     model = load_run(asked.run, device=pick_device(asked.device), which=asked.checkpoint)
+    tell_if_unfinished(Path(asked.run), log)
     if asked.heatmap is not None and not model.llama_model.config.hybrid_layers:
         raise InputError(f"--heatmap: {asked.run} has no hybrid layers, so nothing looks anywhere")
     model.generation = dataclasses.replace(
         model.generation,
-        **{
-            field: value
-            for field, name in {
-                "num_beams": "beams",
-                "min_new_tokens": "min_new_tokens",
-                "max_new_tokens": "max_new_tokens",
-                "repetition_penalty": "repetition_penalty",
-                "length_penalty": "length_penalty",
-            }.items()
-            if (value := getattr(asked, name)) is not None
-        },
+        **{name: value for name in SETTINGS if (value := getattr(asked, name)) is not None},
     )
-    if asked.list is not None:
-        write_list(model, asked)
-        return 0
     notice = NOTICE
     if read_run_config(Path(asked.run)).dataset == "phantoms":
         notice = f"{NOTICE} {SYNTHETIC}"
+    if asked.list is not None:
+        write_list(model, asked)
+        log.info("%s", notice)
+        return 0
     report = model.generate([asked.views])[0]
     if asked.heatmap is not None:
         draw_heatmap(attention_maps(model, asked.views, report), Path(asked.heatmap))
@@ -136,7 +136,7 @@ def write_list(model: ReportGenerator, asked: GenerateConfig) -> None:
     table, output = Path(asked.list), Path(asked.output)
     folder = Path(asked.images) if asked.images is not None else table.parent
     records, failed = [], 0
-    for study in studies(table, texts=False):
+    for study in listed(table, asked.split):
         if isinstance(study, Dropped) or not study.views:
             reason = study.reason if isinstance(study, Dropped) else "no image"
             log.info("left out: %s: %s: %s", table, study.id, reason)
@@ -177,9 +177,27 @@ def write_list(model: ReportGenerator, asked: GenerateConfig) -> None:
             bar.update(len(part))
     count = len(records) - unread
     if not count and failed + unread:
-        raise InputError(f"--list: none of the {failed + unread} studies of {table} could be read")
+        raise InputError(
+            f"--list: none of the {failed + unread} studies of {table} could be read; their paths "
+            f"start from {folder} (--images)"
+        )
     log.info("%s: %d reports, %d studies left out", output, count, failed + unread)
-    log.info("%s", NOTICE)
+
+
+def listed(table: Path, split: str | None) -> Sequence[SourceStudy | Dropped]:
+    """The studies of a list, of one split where that is asked for.
+
+    Raises:
+        InputError: the list cannot be read, or no study of it is of the split.
+    """
+    found = [
+        study
+        for study in studies(table, texts=False)
+        if split is None or isinstance(study, Dropped) or study.split == split
+    ]
+    if split is not None and all(isinstance(study, Dropped) for study in found):
+        raise InputError(f"--split: {table} has no study of split {split!r}")
+    return found
 
 
 def written_before(output: Path) -> list[dict[str, Any]]:

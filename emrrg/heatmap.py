@@ -35,7 +35,11 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 Words = Sequence[tuple[str, int, int]]
 
-COLUMNS = 4  # panels beside each other
+COLUMNS = 4  # views beside each other, more where the figure would become tall
+TALLEST = 1.25  # height of a figure over its width
+SIDE = 2.6  # inches a view
+LINE = 0.14  # inches a line of text
+LONGEST = 220  # characters of a sentence that are shown, a view
 
 
 @dataclass(frozen=True)
@@ -168,8 +172,9 @@ def draw_heatmap(maps: AttentionMaps, path: Path) -> None:
 def heatmap_figure(maps: AttentionMaps) -> Figure:
     """Draw a panel a sentence: the views beside each other, the sentence's map over each.
 
-    All panels share one scale, in multiples of an even spread over the patches, up to 2 at least:
-    so a map that is all but even looks it.
+    Panels are numbered in the order of the sentences; many make the figure wider as well as taller.
+    All share one scale, in multiples of an even spread over the patches, up to 2 at least: so a map
+    that is all but even looks it.
 
     Args:
         maps: from `attention_maps`.
@@ -181,10 +186,30 @@ def heatmap_figure(maps: AttentionMaps) -> Figure:
 
     if not maps.sentences:
         raise InputError("the report has no sentence, so there is nothing to show a map of")
-    views = len(maps.images)
-    columns = min(len(maps.sentences), max(1, COLUMNS // views))
-    rows = -(-len(maps.sentences) // columns)
-    width, height = max(2.6 * views * columns + 0.8, 5.0), 3.1 * rows + 0.9
+    views, count = len(maps.images), len(maps.sentences)
+    titles = []
+    for number, sentence in enumerate(maps.sentences, 1):
+        text = textwrap.shorten(sentence.text, LONGEST * views, placeholder=" ...")
+        share = f"class token {float(sentence.class_token.mean()):.0%}"
+        titles.append(f"{textwrap.fill(f'{number}. {text}', 40 * views)}\n({share})")
+    named = ", ".join(map(str, maps.hybrid_layers))
+    note = (
+        f"Where decoder layers {named} looked for each sentence (mean over layers, heads, words). "
+        "For research only: attention is not an explanation, and generated text is not a diagnosis."
+    )
+    if views > 1:
+        note += " The features of the views are averaged: the maps are the same over each."
+    if maps.synthetic:
+        note = f"SYNTHETIC image. {note}"
+
+    row = SIDE + LINE * (2 + max(title.count("\n") for title in titles))
+    columns = min(count, max(1, COLUMNS // views))
+    while columns < count and row * math.ceil(count / columns) > TALLEST * SIDE * views * columns:
+        columns += 1
+    rows = math.ceil(count / columns)
+    width = max(SIDE * views * columns, 5.0)
+    note = textwrap.fill(note, int(width * 14))
+    height = row * rows + LINE * note.count("\n") + 1.2
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -194,7 +219,7 @@ def heatmap_figure(maps: AttentionMaps) -> Figure:
     grids = [sentence.grid * spread for sentence in maps.sentences]
     highest = max(2.0, *(float(grid.max()) for grid in grids))
     shades = None
-    for axis, sentence, grid in zip(axes.flat, maps.sentences, grids, strict=False):
+    for axis, title, grid in zip(axes.flat, titles, grids, strict=False):
         for k, image in enumerate(maps.images):
             place = (k, k + 1, 1, 0)
             axis.imshow(image, extent=place)
@@ -208,21 +233,12 @@ def heatmap_figure(maps: AttentionMaps) -> Figure:
                 interpolation="bilinear",
             )
         axis.set(xlim=(0, views), ylim=(1, 0))
-        share = f"class token {float(sentence.class_token.mean()):.0%}"
-        text = textwrap.shorten(sentence.text, 110 * views, placeholder=" ...")
-        title = f"{textwrap.fill(text, 34 * views)}\n({share})"
         axis.set_title(title, fontsize=8)
     assert shades is not None
-    bar = figure.colorbar(shades, ax=axes, shrink=0.7)
-    bar.set_label("attention, in multiples of an even spread", fontsize=8)
-    named = ", ".join(map(str, maps.hybrid_layers))
-    note = (
-        f"Where decoder layers {named} looked for each sentence (mean over layers, heads, words). "
-        "For research only: attention is not an explanation, and generated text is not a diagnosis."
+    scale = figure.colorbar(
+        shades, ax=axes, location="top", shrink=4 / width, aspect=32, fraction=0.4 / height
     )
-    if views > 1:
-        note += " The features of the views are averaged: the maps are the same over each."
-    if maps.synthetic:
-        note = f"SYNTHETIC image. {note}"
-    figure.suptitle(textwrap.fill(note, int(width * 13)), fontsize=8)
+    scale.set_label("attention, in multiples of an even spread", fontsize=8)
+    scale.ax.tick_params(labelsize=8)
+    figure.suptitle(note, fontsize=8)
     return figure

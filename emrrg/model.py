@@ -254,11 +254,13 @@ class ReportGenerator(nn.Module):
                     f"studies[{i}]: {str(paths)!r} is no list of views; "
                     'one study of two views is [["a.png", "b.png"]]'
                 )
-        fields = {f.name for f in dataclasses.fields(GenerationConfig)}
+        fixed = ("eos_token_id", "pad_token_id")
+        free = [f.name for f in dataclasses.fields(GenerationConfig) if f.name not in fixed]
         for name in settings:
-            if name not in fields - {"eos_token_id", "pad_token_id"}:
-                why = "is the tokenizer's to say" if name in fields else "is no such setting"
-                raise InputError(f"{name}: {why}")
+            if name in fixed:
+                raise InputError(f"{name}: is the tokenizer's to say")
+            if name not in free:
+                raise InputError(f"{name}: is no such setting; there are {', '.join(free)}")
         training = self.training
         self.eval()
         try:

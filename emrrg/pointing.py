@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from emrrg.config import parse_config, run_command
+from emrrg.config import check_writable, parse_config, run_command
 from emrrg.data.dataset import Studies
 from emrrg.data.loading import load_studies
 from emrrg.data.phantoms import Box
@@ -32,7 +32,7 @@ from emrrg.errors import InputError
 from emrrg.heatmap import sentence_maps
 from emrrg.metrics.bootstrap import interval, resample
 from emrrg.model import ReportGenerator
-from emrrg.runs import load_run, read_run_config, write_json
+from emrrg.runs import load_run, read_run_config, tell_if_unfinished, write_json
 from emrrg.system import pick_device
 
 log = logging.getLogger("emrrg.pointing")
@@ -87,7 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     asked, _ = parse_config(PointingConfig, argv, "emrrg.pointing", positional=("run",))
     run = Path(asked.run)
+    if asked.json is not None:
+        check_writable(Path(asked.json), "--json")
     model = load_run(run, device=pick_device(asked.device), which=asked.checkpoint)
+    tell_if_unfinished(run, log)
     config = read_run_config(run)
     if config.dataset != "phantoms":
         raise InputError(

@@ -18,15 +18,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "iu_xray": {
         "batch_size": 4, "epochs": 21, "max_report_tokens": 60,
-        "beams": 5, "min_new_tokens": 40, "max_new_tokens": 100,
+        "num_beams": 5, "min_new_tokens": 40, "max_new_tokens": 100,
     },
     "mimic_cxr": {
         "batch_size": 6, "epochs": 5, "max_report_tokens": 100,
-        "beams": 3, "min_new_tokens": 80, "max_new_tokens": 120,
+        "num_beams": 3, "min_new_tokens": 80, "max_new_tokens": 120,
     },
     "chexpert_plus": {
         "batch_size": 6, "epochs": 11, "max_report_tokens": 100,
-        "beams": 3, "min_new_tokens": 80, "max_new_tokens": 120,
+        "num_beams": 3, "min_new_tokens": 80, "max_new_tokens": 120,
     },
 }  # fmt: skip
 _PAPER = {

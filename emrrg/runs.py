@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -204,9 +205,23 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def mark_finished(run: Path) -> None:
-    """Note in the index that the run went to its end."""
-    write_json(run / "checkpoints" / "index.json", {**read_index(run), "finished": True})
+def mark_finished(run: Path, finished: bool = True) -> None:
+    """Note in the index whether the run went to its end."""
+    write_json(run / "checkpoints" / "index.json", {**read_index(run), "finished": finished})
+
+
+def resume_hint(run: Path) -> str:
+    """How a run that was stopped goes on."""
+    return f"unless it is still training, go on with: python -m emrrg.train --resume {run}"
+
+
+def tell_if_unfinished(run: Path, log: logging.Logger) -> None:
+    """Say of a run that is used that its training has not come to its end, where it has not."""
+    index = {} if is_export(run) else read_index(run)
+    if "last" in index and not index.get("finished"):
+        log.warning(
+            "%s is unfinished (last checkpoint: %s); %s", run, index["last"], resume_hint(run)
+        )
 
 
 def read_index(run: Path) -> dict[str, Any]:
@@ -223,7 +238,7 @@ def find_checkpoint(run: Path, which: Which) -> Path:
     """
     index = read_index(run)
     if which not in index:
-        raise InputError(f"{run}: holds no checkpoint (no checkpoints/index.json); train first")
+        raise InputError(f"{run}: has no checkpoint yet; {resume_hint(run)}")
     folder = run / "checkpoints" / index[which]
     if folder.is_dir():
         return folder
@@ -361,9 +376,25 @@ def read_model_config(run: Path) -> ModelConfig:
         return from_dict(ModelConfig, read_json(path)["model"], str(path))
     path = run / "base" / "model.json"
     if not path.exists():
-        hint = "no such folder" if not run.exists() else "holds no base/model.json"
-        raise InputError(f"{run}: is not a run folder ({hint})")
+        raise InputError(f"{run}: {_why_no_run(run)}")
     return from_dict(ModelConfig, read_json(path), str(path))
+
+
+def _why_no_run(folder: Path) -> str:
+    """What a folder without a model is instead."""
+    if not folder.exists():
+        return "is not a run folder (no such folder)"
+    path = folder / "config.json"
+    values = read_json(path) if path.exists() else {}
+    if values.get("format") == FORMAT:
+        return (
+            "holds converted weights alone, no tokenizer; python -m emrrg.train "
+            f"--vision-checkpoint {folder} starts from them, and python -m emrrg.export RUN OUT "
+            "writes a folder that can write reports"
+        )
+    if "epochs" in values:
+        return f"has no checkpoint yet; {resume_hint(folder)}"
+    return "is not a run folder (holds no base/model.json)"
 
 
 def load_state(
@@ -402,7 +433,7 @@ def read_run_config(run: Path) -> TrainConfig:
 def generation_of(config: TrainConfig) -> GenerationConfig:
     """The generation settings among the training flags."""
     return GenerationConfig(
-        num_beams=config.beams,
+        num_beams=config.num_beams,
         min_new_tokens=config.min_new_tokens,
         max_new_tokens=config.max_new_tokens,
         repetition_penalty=config.repetition_penalty,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from emrrg.config import parse_config, run_command
+from emrrg.config import check_writable, flag, parse_config, run_command
 from emrrg.data.reports import clean_report
 from emrrg.errors import InputError
 from emrrg.metrics.chexbert import NAME as CHEXBERT
@@ -158,6 +158,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, _ = parse_config(
         ScoreConfig, argv, "emrrg.score", positional=("hypotheses", "references")
     )
+    for name in ("output", "per_report"):
+        if path := getattr(config, name):
+            check_writable(Path(path), flag(name))
     own = config.hypotheses
     truth = read_table(
         config.references[0] if config.references else own,
@@ -166,7 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     names = REFERENCES if config.references else REFERENCES[:4]
     texts = truth.texts(names, config.reference_column)
-    labels, labeler = _labels(config, texts, truth, config.reference_labels)
+    rows = range(len(texts))
+    labels, labeler = _labels(config, texts, truth, rows, config.reference_labels)
     reference = _System(texts, _clean(texts, config), labels, labeler)
     first = _read_system(config, own, truth, config.hypothesis_labels)
     result = score(config, first, reference, truth)
@@ -176,11 +180,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     studies = _per_report(result, truth, first, reference)
     log.info("%s", score_table(result))
     if config.output:
-        _write(Path(config.output), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+        Path(config.output).write_text(text, encoding="utf-8")
         log.info("everything is in %s", config.output)
     if config.per_report:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in studies)
-        _write(Path(config.per_report), lines)
+        Path(config.per_report).write_text(lines, encoding="utf-8")
         log.info("the scores of every study are in %s", config.per_report)
     return 0
 
@@ -190,7 +195,7 @@ def score(config: ScoreConfig, system: _System, reference: _System, truth: Table
     groups = _groups(config, truth)
     neighbours = None
     if config.neighbours:
-        neighbours = _clean(_aligned(config, config.neighbours, truth), config)
+        neighbours = _clean(_aligned(config, config.neighbours, truth)[0], config)
     result = score_reports(
         system.reports,
         reference.reports,
@@ -256,14 +261,15 @@ def compare(
 
 
 def _read_system(config: ScoreConfig, path: str, truth: Table, labels_file: str | None) -> _System:
-    texts = _aligned(config, path, truth)
-    labels, labeler = _labels(config, texts, truth, labels_file)
+    texts, own, rows = _aligned(config, path, truth)
+    labels, labeler = _labels(config, texts, own, rows, labels_file)
     return _System(texts, _clean(texts, config), labels, labeler)
 
 
-def _aligned(config: ScoreConfig, path: str, truth: Table) -> list[str]:
-    """The reports of a file in the order of the references; every reference must have one."""
-    other = read_table(path, id_column=config.id_column)
+def _aligned(config: ScoreConfig, path: str, truth: Table) -> tuple[list[str], Table, list[int]]:
+    """The reports of a file in the order of the references, the file, and where they are in it;
+    every reference must have one."""
+    other = _written(read_table(path, id_column=config.id_column))
     (places,) = match(truth, [other])
     texts = other.texts(HYPOTHESES, config.hypothesis_column)
     missing = [truth.name(i) for i, place in enumerate(places) if place is None]
@@ -275,21 +281,42 @@ def _aligned(config: ScoreConfig, path: str, truth: Table) -> list[str]:
         )
     if left := len(texts) - len(places):
         log.info("%s: %d reports have no reference in %s and are left out", path, left, truth.path)
-    return [texts[place] for place in places if place is not None]
+    rows = [place for place in places if place is not None]
+    return [texts[row] for row in rows], other, rows
+
+
+def _written(table: Table) -> Table:
+    """A table without the rows in which `emrrg.generate` says why there is no report."""
+    kept = [i for i, row in enumerate(table.rows) if set(row) != {"id", "error"}]
+    if not kept:
+        raise InputError(f"{table.path}: no study has a report, the first: {table.rows[0]}")
+    ids = table.ids and [table.ids[i] for i in kept]
+    return Table(table.path, ids, [table.rows[i] for i in kept])
 
 
 def _labels(
-    config: ScoreConfig, texts: list[str], truth: Table, path: str | None
+    config: ScoreConfig, texts: list[str], table: Table, rows: Sequence[int], path: str | None
 ) -> tuple[list[Labels] | None, str | None]:
-    """Labels of reports in the order of the references, and whose they are."""
+    """Labels of reports in the order of the references, and whose they are.
+
+    A file of labels without ids has the order of the file that the reports came from.
+
+    Args:
+        config: the flags.
+        texts: the reports.
+        table: where they came from.
+        rows: where they are in it.
+        path: file of labels, if they are not to be read from the texts.
+    """
     if path is not None:
         other = read_table(path, id_column=config.id_column)
-        (places,) = match(truth, [other])
+        (places,) = match(table, [other])
         labels = other.labels()
-        if None in places:
-            name = truth.name(places.index(None))
-            raise InputError(f"{path}: no labels of study {name}")
-        return [labels[place] for place in places if place is not None], f"file {path}"
+        for row in rows:
+            if places[row] is None:
+                raise InputError(f"{path}: no labels of study {table.name(row)}")
+        chosen = [place for row in rows if (place := places[row]) is not None]
+        return [labels[place] for place in chosen], f"file {path}"
     if config.labeler == "off":
         return None, None
     if config.labeler == "chexbert":
@@ -362,11 +389,6 @@ def _per_report(
             row["reference_labels"] = reference.labels[i]
         rows.append(row)
     return rows
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

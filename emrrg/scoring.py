@@ -131,7 +131,7 @@ def study_columns(studies: Studies, names: Sequence[str]) -> dict[str, list[Any]
     """Columns of the annotation, one value a study.
 
     Raises:
-        InputError: no study has such a column.
+        InputError: no study has such a column, or it has too many values to break scores down by.
     """
     rows = studies.attributes()
     there = list(dict.fromkeys(name for row in rows for name in row))
@@ -140,7 +140,9 @@ def study_columns(studies: Studies, names: Sequence[str]) -> dict[str, list[Any]
             raise InputError(
                 f"--by: no study has {name!r}; the annotation has {', '.join(there) or 'nothing'}"
             )
-    return {name: [row.get(name) for row in rows] for name in names}
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    group_studies(columns)  # refuses now what it would refuse after every report is written
+    return columns
 
 
 def study_priors(studies: Studies) -> list[bool | None] | None:

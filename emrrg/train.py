@@ -57,10 +57,12 @@ from emrrg.progress import Progress, clock
 from emrrg.recipes import source_stage, suggest
 from emrrg.runs import (
     generation_of,
+    is_export,
     mark_finished,
     read_index,
     read_json,
     read_run_config,
+    resume_hint,
     write_json,
     writing,
 )
@@ -71,6 +73,11 @@ log = logging.getLogger("emrrg.train")
 Stopped = Callable[[], bool]
 
 INTERVALS = 1000  # resamples behind the intervals of the final scores
+MAY_CHANGE = (
+    "device", "threads", "workers", "log_every", "save_every", "keep_last", "epochs", "bad_steps",
+    "tensorboard",
+)  # fmt: skip
+"""Flags that may differ when a run goes on: they leave the numbers of its steps as they are."""
 AGAIN = 1.0  # seconds after which a further SIGINT is a person's second one
 
 
@@ -106,6 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = dataclasses.replace(config, output=str(run))
             if world.is_main:
                 write_json(run / "config.json", to_dict(config))
+        elif world.once(lambda: nothing_left(run, config)):
+            return 0
         world.wait()
         if not (run / "config.json").exists():
             raise InputError(f"--output: {run} must be a folder that all machines share")
@@ -133,16 +142,34 @@ def resumed(run: Path, given: Mapping[str, Any]) -> TrainConfig:
     """The configuration of a run that goes on; only what does not change its numbers may differ."""
     if not (run / "config.json").exists():
         raise InputError(f"--resume: {run} holds no config.json, it is not a run folder")
+    if is_export(run):
+        raise InputError(f"--resume: {run} is exported, it cannot go on; start from it with --init")
     config = read_run_config(run)
-    free = {
-        "resume", "device", "threads", "workers", "log_every", "save_every", "keep_last",
-        "epochs", "bad_steps", "tensorboard",
-    }  # fmt: skip
     for name, value in given.items():
-        if name not in free and value != getattr(config, name):
-            raise InputError(f"{flag(name)}: cannot change in a run that goes on (--resume {run})")
-    changes = {name: given[name] for name in free & set(given)}
+        if name not in (*MAY_CHANGE, "resume") and value != getattr(config, name):
+            raise InputError(
+                f"{flag(name)}: cannot change in a run that goes on (--resume {run}); "
+                f"{', '.join(map(flag, MAY_CHANGE))} can"
+            )
+    changes = {name: given[name] for name in MAY_CHANGE if name in given}
     return dataclasses.replace(config, **{**changes, "resume": str(run), "output": str(run)})
+
+
+def nothing_left(run: Path, config: TrainConfig) -> bool:
+    """Whether a run that is to go on is at its end; says so, or notes that its end has moved."""
+    before, finished = read_run_config(run), read_index(run).get("finished")
+    if finished and config.epochs <= before.epochs:
+        log.info(
+            "%s is finished and scored (--epochs %d), nothing is left to do; a larger --epochs "
+            "trains on",
+            run, before.epochs,
+        )  # fmt: skip
+        return True
+    if finished:
+        mark_finished(run, False)
+    if config.epochs != before.epochs:
+        write_json(run / "config.json", to_dict(dataclasses.replace(before, epochs=config.epochs)))
+    return False
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -160,10 +187,16 @@ def run_folder(config: TrainConfig) -> Path:
             )
     else:
         stem = Path("runs") / (config.recipe or config.dataset or "run")
-        run, number = stem, 1
+        run, number, stopped = stem, 1, None
         while run.exists():
+            if (run / "config.json").exists() and not read_index(run).get("finished"):
+                stopped = run
             number += 1
             run = stem.with_name(f"{stem.name}-{number}")
+        if run != stem:
+            log.info("%s exists already: this run goes to %s", stem, run)
+        if stopped is not None:
+            log.info("%s is unfinished; %s", stopped, resume_hint(stopped))
     try:
         run.mkdir(parents=True, exist_ok=True)
         (run / ".writable").touch()

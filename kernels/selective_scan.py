@@ -1390,13 +1390,42 @@ def selective_scan(
         ValueError: shapes or devices disagree, or an implementation that cannot run there.
         TypeError: a tensor that is not of real floating point.
     """
-    _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    _check("selective_scan", u, delta, A, B, C, D, z, delta_bias, initial_state)
+    return _selective_scan(
+        "selective_scan", u, delta, A, B, C, D, z, delta_bias,
+        delta_softplus=delta_softplus, initial_state=initial_state,
+        return_last_state=return_last_state, reverse=reverse, position_ids=position_ids,
+        seq_idx=seq_idx, mask=mask, implementation=implementation,
+    )  # fmt: skip
+
+
+def _selective_scan(
+    op: str,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    *,
+    delta_softplus: bool,
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+    reverse: bool = False,
+    position_ids: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    mask: Tensor | None = None,
+    implementation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`selective_scan` for tensors that are checked, `op` being the function that was called."""
     batch, length, _ = u.shape
     flags = step_flags(
         batch, length, reverse=reverse, position_ids=position_ids, seq_idx=seq_idx, mask=mask
     )
     widest = _precision(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    chosen = choose(implementation, u.device, widest, "selective_scan")
+    chosen = choose(implementation, u.device, widest, op)
     if chosen == "reference":
         return scan_ref(
             u, delta, A, B, C, D, z, delta_bias,
@@ -1442,7 +1471,9 @@ def selective_scan_fn(
         ValueError: shapes or devices disagree.
         TypeError: a tensor that is not of real floating point.
     """
-    out = selective_scan(
+    _check("selective_scan_fn", u, delta, A, B, C, D, z, delta_bias)
+    out = _selective_scan(
+        "selective_scan_fn",
         u.mT,
         delta.mT,
         A,
@@ -1491,9 +1522,9 @@ def selective_state_update(
         ValueError: shapes or devices disagree, or an implementation that cannot run there.
         TypeError: a tensor that is not of real floating point.
     """
-    if u.ndim != 2:
-        raise ValueError(f"selective_state_update: u has shape {tuple(u.shape)}, expected (B, D)")
-    out = selective_scan(
+    _check("selective_state_update", u, delta, A, B, C, D, z, delta_bias, state)
+    out = _selective_scan(
+        "selective_state_update",
         u[:, None],
         delta[:, None],
         A,
@@ -1582,7 +1613,17 @@ def warmup(
         out.sum().backward()
 
 
+_LAYOUTS: dict[str, tuple[str, dict[int, str], str]] = {
+    "selective_scan": ("BLD", {3: "BLN", 2: "DN", 4: "BLGN"}, "initial_state"),
+    "selective_scan_fn": ("BDL", {3: "BNL", 2: "DN", 4: "BGNL"}, ""),
+    "selective_state_update": ("BD", {2: "BN", 3: "BGN"}, "state"),
+}
+"""Public function to the dimensions of its u, those of its B and C by their number, and its name
+of the state."""
+
+
 def _check(
+    op: str,
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -1591,50 +1632,66 @@ def _check(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
-    initial_state: Tensor | None,
+    initial_state: Tensor | None = None,
 ) -> None:
-    if u.ndim != 3 or A.ndim != 2:
+    """Refuse what disagrees, in the names and the order of dimensions of the caller's function."""
+    row, forms, state = _LAYOUTS[op]
+    if u.ndim != len(row) or A.ndim != 2:
         raise ValueError(
-            f"selective_scan: u has shape {tuple(u.shape)}, expected (B, L, D), and A "
+            f"{op}: u has shape {tuple(u.shape)}, expected {_letters(row)}, and A "
             f"{tuple(A.shape)}, expected (D, N)"
         )
-    batch, length, dim = u.shape
-    state = A.shape[1]
-    if not 1 <= state <= 256:
-        raise ValueError(f"selective_scan: A has shape {tuple(A.shape)}, expected 1 <= N <= 256")
-    row = (batch, length, dim)
-    expected: dict[str, tuple[Tensor | None, tuple[tuple[int, ...], ...]]] = {
-        "u": (u, (row,)),
-        "delta": (delta, (row,)),
-        "A": (A, ((dim, state),)),
-        "D": (D, ((dim,),)),
-        "z": (z, (row,)),
-        "delta_bias": (delta_bias, ((dim,),)),
-        "initial_state": (initial_state, ((batch, dim, state),)),
+    rows = tuple(u.shape)
+    size = {**dict(zip(row, rows, strict=True)), "N": A.shape[1]}
+    dim = size["D"]
+    if not 1 <= size["N"] <= 256:
+        raise ValueError(f"{op}: A has shape {tuple(A.shape)}, expected 1 <= N <= 256")
+    grouped = forms[len(row) + 1]
+    axis = grouped.index("G")
+    groups = [x.shape[axis] if x.ndim == len(grouped) else 1 for x in (B, C)]
+    for name, count in zip("BC", groups, strict=True):
+        if count < 1 or dim % count:
+            raise ValueError(f"{op}: {name} has {count} groups for {dim} channels")
+    if groups[0] != groups[1] and 1 not in groups:
+        raise ValueError(f"{op}: B has {groups[0]} groups, C has {groups[1]}, expected as many")
+
+    def shape(form: str, count: int = 1) -> tuple[int, ...]:
+        return tuple([count if letter == "G" else size[letter] for letter in form])
+
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "u": (u, rows),
+        "delta": (delta, rows),
+        "A": (A, (dim, size["N"])),
+        "B": (B, shape(forms.get(B.ndim, grouped), groups[0])),
+        "C": (C, shape(forms.get(C.ndim, grouped), groups[1])),
+        "D": (D, (dim,)),
+        "z": (z, rows),
+        "delta_bias": (delta_bias, (dim,)),
+        state: (initial_state, (size["B"], dim, size["N"])),
     }
-    for name, x in (("B", B), ("C", C)):
-        groups = x.shape[2] if x.ndim == 4 else 1
-        if groups < 1 or dim % groups:
-            raise ValueError(f"selective_scan: {name} has {groups} groups for {dim} channels")
-        shapes = ((batch, length, state), (dim, state), (batch, length, groups, state))
-        expected[name] = (x, shapes)
-    if B.ndim == C.ndim == 4 and B.shape[2] != C.shape[2] and 1 not in (B.shape[2], C.shape[2]):
-        raise ValueError(
-            f"selective_scan: B has {B.shape[2]} groups, C has {C.shape[2]}, expected as many"
-        )
-    for name, (tensor, allowed) in expected.items():
+    for name, (tensor, wanted) in expected.items():
         if tensor is None:
             continue
-        if tuple(tensor.shape) not in allowed:
-            wanted = " or ".join(str(shape) for shape in allowed)
-            got = tuple(tensor.shape)
-            raise ValueError(f"selective_scan: {name} has shape {got}, expected {wanted}")
+        if tuple(tensor.shape) != wanted:
+            named = {"A": ["DN"], "D": ["D"], "delta_bias": ["D"], state: ["BDN"]}
+            named |= {"B": list(forms.values()), "C": list(forms.values())}
+            count = groups["BC".index(name)] if name in ("B", "C") else 1
+            allowed = [f"{_letters(f)} = {shape(f, count)}" for f in named.get(name, [row])]
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(tensor.shape)}, expected {' or '.join(allowed)}, "
+                f"because u has shape {rows} = {_letters(row)} and A {tuple(A.shape)} = (D, N)"
+            )
         if tensor.device != u.device:
-            raise ValueError(f"selective_scan: {name} is on {tensor.device}, u on {u.device}")
+            raise ValueError(f"{op}: {name} is on {tensor.device}, u on {u.device}")
         if tensor.is_complex():
             raise TypeError(
-                f"selective_scan: {name} is {tensor.dtype}; complex states are not supported, "
+                f"{op}: {name} is {tensor.dtype}; complex states are not supported, "
                 "the scan of Mamba-1 is real"
             )
         if not tensor.is_floating_point():
-            raise TypeError(f"selective_scan: {name} is {tensor.dtype}, expected floating point")
+            raise TypeError(f"{op}: {name} is {tensor.dtype}, expected floating point")
+
+
+def _letters(form: str) -> str:
+    """``"BLD"`` -> ``(B, L, D)``."""
+    return f"({', '.join(form)}{',' * (len(form) == 1)})"

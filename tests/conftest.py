@@ -34,7 +34,7 @@ def brief() -> list[str]:
     """Flags of a training of six steps that takes a second or two."""
     return shlex.split(
         "--dataset phantoms --train-studies 12 --val-studies 3 --test-studies 4 --batch-size 4 "
-        "--epochs 2 --beams 1 --max-new-tokens 8 --log-every 1 --warmup-steps 2 --lr 1e-3"
+        "--epochs 2 --num-beams 1 --max-new-tokens 8 --log-every 1 --warmup-steps 2 --lr 1e-3"
     )
 
 

@@ -250,6 +250,33 @@ def test_a_signal_stops_the_trainings_and_starts_no_more(
     assert [c[:2] for c in commands(tmp_path)[2:]] == [["--resume", str(r)] for r in runs[:2]]
 
 
+def test_what_is_left_is_told_after_each_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Three cells of 90, 0 (done already) and 150 seconds, one that fails, and two to go."""
+    caplog.set_level("INFO", logger="emrrg.ablate")
+    now = [0.0]
+    monkeypatch.setattr(ablate.time, "monotonic", lambda: now[0])
+
+    def train_one(run: Path, *_: Any) -> bool:
+        if run.name == "bad":
+            raise InputError("bad: no room")
+        now[0] += {"a": 90, "c": 150}.get(run.name, 120)
+        return run.name != "b"
+
+    monkeypatch.setattr(ablate, "run_cell", train_one)
+    tasks: list[Any] = [(tmp_path / name, []) for name in ("a", "b", "bad", "c", "d", "e")]
+    with pytest.raises(InputError, match="no room"):
+        run_cells(tasks, 1, None, lambda *_: 0)
+    assert caplog.messages == [
+        "5 trainings left, about 7:30",
+        "4 trainings left, about 6:00",
+        "bad: no room",
+        "2 trainings left, about 4:00",
+        "1 trainings left, about 2:00",
+    ]
+
+
 def test_finished_cells_are_not_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import re
+from pathlib import Path
 
 import pytest
 
+import emrrg.config
 from emrrg.config import (
     ModelConfig,
     TrainConfig,
+    check_writable,
     from_dict,
     parse_config,
     to_dict,
@@ -36,7 +41,7 @@ def test_flags_beat_file_beats_recipe(tmp_path):
     assert config.epochs == RECIPES["iu_xray"]["epochs"] == 21  # the recipe
     assert config.lr == 3e-4  # the file over the recipe's 1e-4
     assert config.batch_size == 7  # the flag over both
-    assert (config.beams, config.min_new_tokens, config.max_new_tokens) == (5, 40, 100)
+    assert (config.num_beams, config.min_new_tokens, config.max_new_tokens) == (5, 40, 100)
     assert config.schedule == "epoch-cosine" and config.decay_all
 
 
@@ -45,6 +50,61 @@ def test_round_trip_through_json():
     values = json.loads(json.dumps(to_dict(config)))
     assert from_dict(TrainConfig, values, "x.json") == config
     assert config.hybrid_layers == (0, 2) and config.lora_targets == ("X", "dt_in")
+
+
+def test_an_earlier_name_is_still_read(tmp_path):
+    """`beams` became `num_beams`: runs and command lines of before go on working."""
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"beams": 7}))
+    assert parse("--config", str(file)).num_beams == 7
+    assert parse("--beams", "2").num_beams == parse("--num-beams", "2").num_beams == 2
+    assert parse("--config", str(file), "--num-beams", "4").num_beams == 4
+    values = {**to_dict(parse()), "beams": 6}
+    del values["num_beams"]
+    assert from_dict(TrainConfig, values, "config.json").num_beams == 6
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "score", "ablate", "data"])
+def test_only_paths_are_called_paths(command, capsys):
+    main = importlib.import_module(f"emrrg.{command}" + (".__main__" * (command == "data"))).main
+    with pytest.raises(SystemExit):
+        main([*(["prepare"] if command == "data" else []), "--help"])
+    text = capsys.readouterr().out
+    called = dict(re.findall(r"--([\w-]+) (PATH|NAME|DEVICE|FLAGS)\b", text))
+    others = {"device": "DEVICE", "train-flags": "FLAGS", "split": "NAME"}
+    for name, metavar in called.items():
+        expected = "NAME" if name.endswith("-column") else others.get(name, "PATH")
+        assert metavar == expected, name
+    assert "--beams" not in text  # the old name is read, not told
+
+
+def test_the_list_of_commands_is_whole(capsys):
+    from emrrg.__main__ import COMMANDS, main
+
+    package = Path(emrrg.config.__file__).parent
+    modules = {p.stem for p in package.glob("*.py") if "run_command(main)" in p.read_text()}
+    listed = {name.split()[0] for name in COMMANDS}
+    assert listed == modules - {"__main__"} | {"data", "data.phantoms"}
+    assert main([]) == main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"python -m emrrg.{name} " in text for name in COMMANDS)
+    assert max(map(len, text.splitlines())) <= 100
+    with pytest.raises(InputError, match=r"train: say python -m emrrg\.train"):
+        main(["train", "--help"])
+    with pytest.raises(InputError, match="trian: no such command"):
+        main(["trian"])
+
+
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "under.png", tmp_path):
+        with pytest.raises(InputError, match=r"--heatmap: .* cannot be written \("):
+            check_writable(path, "--heatmap")
+    check_writable(tmp_path / "new" / "map.png", "--heatmap")
+    assert not list((tmp_path / "new").iterdir())
+    (tmp_path / "file").write_text("kept")
+    check_writable(tmp_path / "file", "--heatmap")
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 def test_regime_follows_the_weights():

@@ -132,7 +132,7 @@ def test_it_learns_a_batch_by_heart(tmp_path: Path) -> None:
     """Four studies: the loss goes to nothing, and each report comes back word for word."""
     made = session(
         tmp_path, train_studies=4, batch_size=4, decoder_dim=64, lr=3e-3, warmup_steps=10,
-        grad_clip=1.0, beams=1,
+        grad_clip=1.0, num_beams=1,
     )  # fmt: skip
     losses = []
     for k in range(STEPS_TO_LEARN):

@@ -34,7 +34,7 @@ from emrrg.metrics.clinical import (
 )
 from emrrg.model import ReportGenerator, set_regime
 from emrrg.neighbours import nearest_reports
-from emrrg.runs import load_run, save_base, save_checkpoint, write_json
+from emrrg.runs import load_run, mark_finished, save_base, save_checkpoint, write_json
 from emrrg.tokenizer import train_tokenizer
 
 SIZE = 32
@@ -93,7 +93,7 @@ def save_run(folder: Path) -> Path:
     save_base(run, model, trained)
     save_checkpoint(run, 1, weights, {"step": torch.ones(1)}, {"step": 1}, best=True)
     flags = TrainConfig(
-        dataset="custom", annotation=str(folder / "annotation.json"), beams=1,
+        dataset="custom", annotation=str(folder / "annotation.json"), num_beams=1,
         images=str(folder / "images"), max_report_tokens=60, eval_batch_size=3,
     )  # fmt: skip
     write_json(run / "config.json", to_dict(flags))
@@ -128,6 +128,7 @@ def evaluate(
 
     def run(*flags: Any, meteor: str = "off") -> dict[str, Any]:
         given.clear()
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
         words = [
             folder / "run",
             "--output",
@@ -204,6 +205,13 @@ def test_scores_by_columns(evaluate: Any, capsys: pytest.CaptureFixture[str]) ->
     assert "under 18" in table and "invented comparisons" in table
     with pytest.raises(InputError, match=r"--by: no study has 'ward'; .* has .*sex, age"):
         evaluate("--by", "ward")
+
+
+def test_a_column_of_too_many_values_is_refused_before_any_work() -> None:
+    records = [Record(str(i), "Clear.", (), "test", None, {"ward": f"w{i}"}) for i in range(21)]
+    studies = RecordStudies(records, SIZE)
+    with pytest.raises(InputError, match="column 'ward': 21 different values"):
+        scoring.study_columns(studies, ("ward",))
 
 
 def test_nearest_neighbours(evaluate: Any, folder: Path) -> None:
@@ -357,6 +365,81 @@ def test_the_page(evaluate: Any, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "nearest neighbour" in text and 'id="by-1"' in text
     told = capsys.readouterr().out
     assert "holds images and reports of patients" in told and str(page) in told
+
+
+def test_no_evaluation_takes_the_place_of_another(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+
+    def write(self: Any, images: Tensor, view_mask: Tensor, generation: Any) -> list[str]:
+        return ["no pneumothorax ."] * len(images)
+
+    monkeypatch.setattr(ReportGenerator, "generate_batch", write)
+
+    def call(*flags: Any) -> dict[str, dict[str, Any]]:
+        words = [run, "--bootstrap", 0, "--meteor", "off", *flags]
+        assert main([str(word) for word in words]) == 0
+        files = sorted(run.glob("evaluation-*/scores.json"))
+        return {file.parent.name: json.loads(file.read_text()) for file in files}
+
+    first = call()
+    assert set(first) == {"evaluation-test"}
+    told = first["evaluation-test"]["evaluated"]
+    assert told["split"] == "test" and told["num_beams"] == 1
+    assert told["annotation"] == str(folder / "annotation.json")
+    assert told["weights"].startswith("step-000001 ")
+    assert set(call()) == {"evaluation-test"}  # the same again
+
+    content = json.loads((folder / "annotation.json").read_text())
+    for name in ("other", "elsewhere/other"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.json").write_text(json.dumps({**content, "test": content["test"][:2]}))
+    other = ["--annotation", tmp_path / "other.json", "--images", folder / "images"]
+    found = call(*other)
+    assert set(found) == {"evaluation-test", "evaluation-test-other"}
+    assert found["evaluation-test"]["pairs"] == 4 and found["evaluation-test-other"]["pairs"] == 2
+    capsys.readouterr()
+    found = call("--annotation", tmp_path / "elsewhere" / "other.json", *other[2:])
+    assert "evaluation-test-other-2" in found and len(found) == 3
+    out = capsys.readouterr().out
+    assert "evaluation-test-other holds the scores of another evaluation (annotation " in out
+    found = call("--protocol", "r2gen")
+    assert found["evaluation-test-2"]["protocol"] == "r2gen"
+    assert found["evaluation-test"]["protocol"] == "full"
+    assert "(protocol 'full', not 'r2gen')" in capsys.readouterr().out
+
+    output = tmp_path / "out"
+    call("--output", output)
+    call("--output", output)
+    with pytest.raises(InputError, match=r"--output: .*out holds the scores of another .*uncertai"):
+        call("--output", output, "--uncertain", "ignore")
+    write_json(output / "scores.json", {"BLEU_4": 0.1})  # of a training run, say
+    with pytest.raises(InputError, match=r"--output: .*out holds other scores; choose another"):
+        call("--output", output)
+
+
+def test_an_unfinished_run_says_so(
+    evaluate: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate()
+    hint = f"go on with: python -m emrrg.train --resume {folder / 'run'}"
+    out = capsys.readouterr().out
+    assert f"{folder / 'run'} is unfinished (last checkpoint: step-000001)" in out and hint in out
+    mark_finished(folder / "run")
+    evaluate()
+    assert "is unfinished (" not in capsys.readouterr().out
+    mark_finished(folder / "run", False)
+
+
+def test_what_cannot_be_written_is_said_before_the_work(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    wrong, right = tmp_path / "file" / "page.html", tmp_path / "out"
+    for html, output, flag in ((wrong, right, "--html"), (right / "p.html", wrong, "--output")):
+        with pytest.raises(InputError, match=rf"{flag}: .* cannot be written"):
+            main([str(folder / "run"), "--html", str(html), "--output", str(output)])
 
 
 @pytest.mark.parametrize(

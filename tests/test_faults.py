@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 ADAPT = shlex.split("--regime peft --lora-targets X,llm --lora-dropout 0.3")
 FILES = shlex.split(
     "--dataset custom --image-size 32 --decoder-dim 32 --decoder-layers 2 --decoder-heads 2 "
-    "--vocab-size 100 --batch-size 3 --epochs 2 --beams 1 --max-new-tokens 6 --log-every 1"
+    "--vocab-size 100 --batch-size 3 --epochs 2 --num-beams 1 --max-new-tokens 6 --log-every 1"
 )
 
 
@@ -431,7 +431,7 @@ def test_out_of_memory_while_reports_are_written(
     monkeypatch.setattr(ReportGenerator, "generate_batch", generate)
     with pytest.raises(InputError) as error:
         evaluate_model(emrrg.load(trained), studies, config, CPU)
-    for text in ("--eval-batch-size: reports of 4 studies (phantom-", "memory of cpu", "--beams"):
+    for text in ("--eval-batch-size: reports of 4 studies (phantom-", "of cpu", "--num-beams"):
         assert text in str(error.value), text
     assert "\n" not in str(error.value)
 

@@ -51,7 +51,7 @@ def save_run(run: Path, hybrid_layers: tuple[int, ...] = (0,)) -> Path:
     weights = {n: p for n, p in model.named_parameters() if n in trained}
     save_base(run, model, trained)
     save_checkpoint(run, 1, weights, {"step": torch.ones(1)}, {"step": 1}, best=True)
-    flags = TrainConfig(dataset="phantoms", beams=1, min_new_tokens=2, max_new_tokens=6)
+    flags = TrainConfig(dataset="phantoms", num_beams=1, min_new_tokens=2, max_new_tokens=6)
     write_json(run / "config.json", to_dict(flags))
     return run
 
@@ -104,7 +104,7 @@ def test_views_of_one_study_are_read_together(
     run: Path, seen: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     views = [picture(tmp_path / "a.png", 30), picture(tmp_path / "b.png", 200)]
-    call(run, *views, "--beams", "2")
+    call(run, *views, "--num-beams", "2")
     out, err = capsys.readouterr()
     assert out == expected(30, 200, beams=2) + "\n"  # nothing but the report
     assert NOTICE in err
@@ -134,7 +134,7 @@ def test_settings_of_one_call(run: Path, tmp_path: Path) -> None:
     assert model.generation == before
     with pytest.raises(InputError, match="eos_token_id: is the tokenizer's to say"):
         model.generate([[view]], eos_token_id=5)
-    with pytest.raises(InputError, match="beams: is no such setting"):
+    with pytest.raises(InputError, match="beams: is no such setting; there are num_beams, min_new"):
         model.generate([[view]], beams=5)
 
 
@@ -152,7 +152,9 @@ def test_dicom_stands_where_an_image_may(
         assert first == second and first.endswith("beams 1")
 
 
-def test_heatmap(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_heatmap(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     view, drawn = picture(tmp_path / "a.png", 90), tmp_path / "map.png"
     call(run, view, "--heatmap", drawn, "--json")
     out, err = capsys.readouterr()
@@ -160,6 +162,11 @@ def test_heatmap(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     with Image.open(drawn) as image:
         assert min(image.size) > 200
     blind = save_run(tmp_path / "plain", hybrid_layers=())
+    (tmp_path / "file").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(ReportGenerator, "generate", lambda *_: pytest.fail("too late"))
+        with pytest.raises(InputError, match=r"--heatmap: .*map\.png cannot be written"):
+            main([str(run), str(view), "--heatmap", str(tmp_path / "file" / "map.png")])
     with pytest.raises(InputError, match="no hybrid layers"):
         main([str(blind), str(view), "--heatmap", str(tmp_path / "no.png")])
     assert not (tmp_path / "no.png").exists()
@@ -201,9 +208,36 @@ def test_a_list_of_studies(
     assert set(errors) == {"s2", "s4"}
     assert "broken.png" in errors["s2"] and "none.png: no such file" in errors["s4"]
     err = capsys.readouterr().err
-    for name in ("left out: s2", "left out: s4", "s5: no image", NOTICE):
+    for name in ("left out: s2", "left out: s4", "s5: no image", NOTICE, SYNTHETIC):
         assert name in err
     assert "3 reports, 3 studies left out" in err
+
+
+def test_an_annotation_file_is_a_list(run: Path, seen: Any, tmp_path: Path) -> None:
+    for name, grey in (("a.png", 10), ("b.png", 250), ("c.png", 120)):
+        picture(tmp_path / "images" / name, grey)
+    parts = {
+        "train": [{"id": "s1", "report": "one .", "image_path": ["a.png", "b.png"]}],
+        "val": [],
+        "test": [
+            {"id": "s2", "report": "two .", "image_path": ["c.png"], "split": "test"},
+            {"id": 3, "image_path": "b.png"},  # a report is not needed to write one
+        ],
+    }
+    table, output = tmp_path / "annotation.json", tmp_path / "out.jsonl"
+    table.write_text(json.dumps(parts))
+    flags = ("--list", table, "--images", tmp_path / "images", "--output", output)
+    call(run, *flags, "--split", "test")
+    assert rows_of(output) == [{"id": "s2", "report": expected(120)},
+                               {"id": "3", "report": expected(250)}]  # fmt: skip
+    call(run, *flags)  # the others, too
+    assert rows_of(output)[2:] == [{"id": "s1", "report": expected(10, 250)}]
+    assert sum(map(len, seen)) == 3
+    with pytest.raises(InputError, match=r"--split: .*annotation\.json has no study of split"):
+        call(run, *flags, "--split", "val")
+    table.write_text('{"test": [5]}')
+    with pytest.raises(InputError, match=r"must be a list of objects, or an annotation file"):
+        call(run, *flags)
 
 
 def test_a_list_without_ids_and_with_reading_processes(
@@ -275,6 +309,7 @@ def test_another_file_is_not_overwritten(
         (["--list", "l.csv"], "--output: needed with --list"),
         (["--list", "l.csv", "--output", "o", "--json"], "go with image files"),
         (["a.png", "--output", "o"], "go with --list"),
+        (["a.png", "--split", "test"], "go with --list"),
         (["a.png", "--heatmap", "m.jpg"], "does not end in .png"),
         (["--list", "l.csv", "--output", "o", "--batch-size", "0"], "--batch-size"),
         (["none.png"], "none.png: no such file"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +211,34 @@ def test_a_panel_a_sentence_over_every_view(sentences, count):
     note = " ".join(figure.get_suptitle().split())
     assert "layers 0, 2" in note and "SYNTHETIC" in note and "not a diagnosis" in note
     assert ("averaged" in note) == (count > 1)
+
+
+@pytest.mark.parametrize(("sentences", "count"), [(1, 1), (6, 2), (14, 1), (30, 2)])
+def test_the_figure_stays_readable(sentences, count):
+    """No text over another or over a picture, pictures of one size, and not a strip."""
+    long = "there is a small left pleural effusion with adjacent atelectasis , which has grown " * 2
+    maps = some_maps(sentences, count)
+    texts = [s.text if k % 3 else f"{s.text} {long}" for k, s in enumerate(maps.sentences)]
+    found = [dataclasses.replace(s, text=t) for s, t in zip(maps.sentences, texts, strict=True)]
+    figure = heatmap_figure(dataclasses.replace(maps, sentences=tuple(found)))
+    figure.draw_without_rendering()
+    width, height = figure.get_size_inches() * figure.dpi
+    assert 0.3 < height / width < 1.6
+    panels = [axis for axis in figure.axes if axis.get_images()]
+    boxes = [axis.get_window_extent() for axis in panels]
+    assert min(box.width for box in boxes) > 1.8 * figure.dpi * count  # inches a view
+    assert max(box.width for box in boxes) < 1.01 * min(box.width for box in boxes)
+    for number, (axis, text) in enumerate(zip(panels, texts, strict=True), 1):
+        assert " ".join(axis.get_title().split()).startswith(f"{number}. {text.strip()} (class")
+    [bar] = [axis for axis in figure.axes if axis.get_xlabel()]
+    boxes += [axis.title.get_window_extent() for axis in panels]
+    boxes += [bar.get_tightbbox(), figure._suptitle.get_window_extent()]
+    for k, box in enumerate(boxes):
+        assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1, k
+        for other in boxes[:k]:
+            assert min(box.x1, other.x1) <= max(box.x0, other.x0) + 1 or (
+                min(box.y1, other.y1) <= max(box.y0, other.y0) + 1
+            ), (k, boxes.index(other))
 
 
 def test_nothing_to_draw(tmp_path):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import emrrg
+from emrrg.checkpoint import FORMAT
 from emrrg.errors import InputError
 from emrrg.runs import (
     find_checkpoint,
@@ -95,8 +96,15 @@ def test_folders_that_are_no_run(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is not a run folder .holds no base/model\.json"):
         emrrg.load(tmp_path)
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(InputError, match=r"holds no checkpoint .* train first"):
+    goes_on = rf"{run}: has no checkpoint yet; .*go on with: python -m emrrg.train --resume {run}"
+    with pytest.raises(InputError, match=goes_on):
         emrrg.load(run)
+    shutil.rmtree(run / "base")  # stopped before its model was built, or in the source stage
+    with pytest.raises(InputError, match=goes_on):
+        emrrg.load(run)
+    (tmp_path / "config.json").write_text(json.dumps({"format": FORMAT}))
+    with pytest.raises(InputError, match=r"converted weights alone.*--vision-checkpoint .*export"):
+        emrrg.load(tmp_path)
 
 
 def checkpoint(run: Path, step: int, *, best: bool = False, keep: int = 1) -> None:

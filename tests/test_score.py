@@ -78,7 +78,15 @@ def test_every_form_of_file_gives_the_same_scores(tmp_path: Path, references: Pa
         "object.json": lambda p: write_json(p, BACK),
         "objects.json": lambda p: write_json(p, {k: {"report": v} for k, v in BACK.items()}),
         "split.json": lambda p: write_json(p, {"test": records(BACK, "report")}),
+        "r2gengpt.json": lambda p: write_json(p, {k: [v] for k, v in BACK.items()}),
+        "cocoeval.json": lambda p: write_json(p, {k: [{"caption": v}] for k, v in BACK.items()}),
+        "coco.json": lambda p: write_json(
+            p, [{"image_id": k, "caption": v} for k, v in BACK.items()]
+        ),
         "texts.json": lambda p: write_json(p, list(HYPOTHESES.values())),
+        "res.csv": lambda p: p.write_text(
+            "".join(f'"{v}"\n' for v in HYPOTHESES.values()), encoding="utf-8"
+        ),
         "lines.jsonl": lambda p: p.write_text(lines),
         "lines.jsonl.gz": lambda p: p.write_bytes(gzip.compress(lines.encode())),
         "table.csv": lambda p: write_csv(
@@ -170,6 +178,28 @@ def test_labels_from_files(tmp_path: Path, references: Path) -> None:
     assert tuple(rows[0])[1:] == OBSERVATIONS
 
 
+def test_labels_without_ids_have_the_order_of_the_reports_file(tmp_path: Path) -> None:
+    """As CheXbert's own script writes them: a row a report, whatever the references' order."""
+    texts = {f"s{i}": ("Small effusion.", "Lungs are clear.", "Edema.")[i % 3] for i in range(6)}
+    back = {"left out": "Fracture."} | dict(reversed(list(texts.items())))
+    own = write_json(tmp_path / "own.json", back)
+    references = write_json(tmp_path / "references.json", texts)
+
+    def chexbert_file(name: str, reports: dict[str, str]) -> Path:
+        rows = [{"Report Impression": t, **label_report(t)} for t in reports.values()]
+        return write_csv(tmp_path / name, rows)
+
+    found = run(
+        own, references, "--hypothesis-labels", chexbert_file("h.csv", back),
+        "--reference-labels", chexbert_file("r.csv", texts), "--compare", own,
+        "--compare-labels", tmp_path / "h.csv", output=tmp_path / "o",
+    )  # fmt: skip
+    assert found["clinical"]["findings"]["micro"]["f1"] == 1
+    assert found["comparison"]["clinical"]["findings"]["micro"]["f1"]["second"] == 1
+    with pytest.raises(InputError, match=r"h\.csv has 7 records and .*references\.json 6"):
+        run(own, references, "--reference-labels", tmp_path / "h.csv", output=tmp_path / "p")
+
+
 def test_labels_from_a_chexbert_checkpoint(
     tmp_path: Path, references: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,7 +239,7 @@ def test_reports_without_a_reference_are_left_out_and_named(
         ({"x": "a"}, [], "no id in common"),
         (["a", "b"], [], "has 2 records and .* 4"),
         ([{"id": "s1", "report": "a"}, {"id": "s1", "report": "b"}], [], "records 1 and 2 have"),
-        ([{"id": "s1"}], [], "no field none of hypothesis, prediction"),
+        ([{"id": "s1"}], [], "no field named hypothesis, prediction"),
         ([{"id": "s1", "report": None}], [], "record s1: report: nothing, not a text"),
         ([{"id": "", "report": "a"}], [], "record 1: no 'id'"),
         ([], [], "no study in it"),
@@ -237,6 +267,40 @@ def test_errors_say_what_is_wrong(
     split = [] if "--split" in flags else ["--split", "test"]
     with pytest.raises(InputError, match=word):
         score.main(["own.json", str(references), "--meteor", "off", *split, *flags])
+
+
+def test_a_study_that_could_not_be_written_is_missing(tmp_path: Path, references: Path) -> None:
+    """The lines of `emrrg.generate --list`, one of them an error."""
+    rows = [*records(HYPOTHESES, "report")[:3], {"id": "s4", "error": "a.png: broken"}]
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"own\.jsonl: 1 of 4 references have no report .*\(s4\)"):
+        score.main([str(own), str(references), "--split", "test", "--meteor", "off"])
+    own.write_text(json.dumps(rows[3]))
+    with pytest.raises(InputError, match=r"no study has a report, the first: .*a\.png: broken"):
+        score.main([str(own), str(references), "--split", "test", "--meteor", "off"])
+
+
+def test_what_is_no_table_is_refused_by_name(tmp_path: Path, references: Path) -> None:
+    (tmp_path / "report.txt").write_text("the heart is normal\n")
+    with pytest.raises(InputError) as error:
+        score.main([str(tmp_path / "report.txt"), str(references)])
+    assert "report.txt: only .json, .jsonl, .csv, .tsv are read; plain texts" in str(error.value)
+    with pytest.raises(InputError, match=r": is a folder; give a file \(\.json, "):
+        score.main([str(tmp_path)])
+    own = write_json(tmp_path / "predictions.json", HYPOTHESES)
+    with pytest.raises(InputError, match=rf": is a folder; give {own}"):
+        score.main([str(tmp_path), str(references)])
+
+
+def test_what_cannot_be_written_is_said_before_the_work(
+    tmp_path: Path, references: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = write_json(tmp_path / "own.json", HYPOTHESES)
+    monkeypatch.setattr(score, "score_reports", lambda *_, **__: pytest.fail("too late"))
+    for flag in ("--output", "--per-report"):
+        with pytest.raises(InputError, match=rf"{flag}: .*own\.json/x cannot be written"):
+            score.main([str(own), str(references), "--split", "test", flag, str(own / "x")])
 
 
 def test_the_command_and_its_status(tmp_path: Path, references: Path) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 import emrrg
 from emrrg import convert
 from emrrg import train as command
-from emrrg.config import TrainConfig, parse_config, run_command
+from emrrg.config import TrainConfig, flag, parse_config, run_command
 from emrrg.data.loading import load_studies
 from emrrg.errors import InputError
 from emrrg.evaluation import selection_score, write_reports
@@ -34,7 +34,14 @@ from emrrg.jsonl import read_rows
 from emrrg.metrics import java
 from emrrg.optim import build_optimizer, decays, learning_rate
 from emrrg.recipes import suggest
-from emrrg.runs import load_run, read_index, read_json, read_run_config, state_of
+from emrrg.runs import (
+    load_run,
+    mark_finished,
+    read_index,
+    read_json,
+    read_run_config,
+    state_of,
+)
 
 Train = Callable[..., int]
 Folder = Callable[[Path], Path]
@@ -113,7 +120,7 @@ def test_the_default_run_in_small(
     flags = (
         "--source-studies 12 --source-epochs 1 --train-studies 12 --val-studies 3 --test-studies 4 "
         "--image-size 32 --decoder-dim 32 --decoder-layers 2 --decoder-heads 2 --vocab-size 300 "
-        "--epochs 1 --batch-size 2 --beams 1 --max-new-tokens 8 --log-every 1"
+        "--epochs 1 --batch-size 2 --num-beams 1 --max-new-tokens 8 --log-every 1"
     )
     assert train(*flags.split(), "--output", run, pictures=True) == 0
     said = capsys.readouterr().out
@@ -305,6 +312,70 @@ def test_a_finished_run_can_go_on_for_more_epochs(
     rows = [row for row in numbers(run) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 10))
     assert read_index(run)["last"] == "step-000009"
+    assert read_run_config(run).epochs == 3 and read_index(run)["finished"]
+
+
+def test_a_longer_run_that_is_stopped_keeps_its_new_end(
+    train: Train, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    with monkeypatch.context() as patch:
+        stop_at(patch, "training_step", 1, signal.SIGINT)
+        assert train("--resume", run, "--epochs", "3") == 130
+    assert not read_index(run)["finished"]
+    assert train("--resume", run) == 0
+    assert read_index(run)["last"] == "step-000009" and read_index(run)["finished"]
+
+
+def test_a_finished_run_says_that_it_is(
+    train: Train, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    before = (run / "scores.json").read_bytes()
+    monkeypatch.setattr(command, "prepare", lambda *_: pytest.fail("nothing is left to do"))
+    assert train("--resume", run) == train("--resume", run, "--epochs", 1, "--threads", 1) == 0
+    out = capsys.readouterr().out
+    assert (
+        f"{run} is finished and scored (--epochs 2), nothing is" in out
+        and "a larger --epochs trains on" in out
+    )
+    assert (run / "scores.json").read_bytes() == before and read_run_config(run).epochs == 2
+
+
+def test_what_may_change_when_a_run_goes_on_is_told(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = said(["--resume", trained, "--batch-size", 3], monkeypatch, capsys)
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split("--resume PATH")[-1].split())
+    for name in command.MAY_CHANGE:
+        assert flag(name) in line and flag(name) in shown.split("may be given beside it")[0]
+
+
+def test_a_default_folder_that_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO", "emrrg.train")
+    config = TrainConfig(recipe="phantoms", dataset="phantoms")
+
+    def told() -> list[str]:
+        caplog.clear()
+        command.run_folder(config)
+        return caplog.messages
+
+    assert told() == []
+    (first := Path("runs/phantoms")).joinpath("config.json").write_text("{}")
+    second, hint = told()
+    assert second == "runs/phantoms exists already: this run goes to runs/phantoms-2"
+    assert "runs/phantoms is unfinished; " in hint and "--resume runs/phantoms" in hint
+    (first / "checkpoints").mkdir()
+    mark_finished(first)
+    assert told() == ["runs/phantoms exists already: this run goes to runs/phantoms-3"]
 
 
 def test_accumulated_batches_equal_one_batch(
@@ -501,7 +572,7 @@ def test_the_papers_recipes(
 ) -> None:
     config = parse("--recipe", recipe, "--annotation", "a.json", "--images", "d")
     assert (config.batch_size, config.epochs, config.max_report_tokens) == (batch, epochs, tokens)
-    assert (config.beams, config.min_new_tokens, config.max_new_tokens) == (beams, least, most)
+    assert (config.num_beams, config.min_new_tokens, config.max_new_tokens) == (beams, least, most)
     assert (config.lr, config.min_lr, config.weight_decay, config.seed) == (1e-4, 1e-6, 0.01, 42)
     assert (config.warmup_steps, config.grad_clip, config.accumulate) == (0, 0, 1)
     assert (config.repetition_penalty, config.length_penalty) == (2.0, 2.0)
@@ -932,7 +1003,7 @@ def test_real_studies(tmp_path: Path) -> None:
     assert max(views) > 1
     flags = shlex.split(
         "--dataset iu_xray --image-size 32 --decoder-dim 32 --decoder-layers 2 --decoder-heads 2 "
-        "--vocab-size 300 --epochs 1 --batch-size 8 --beams 1 --max-new-tokens 8 --log-every 1"
+        "--vocab-size 300 --epochs 1 --batch-size 8 --num-beams 1 --max-new-tokens 8 --log-every 1"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": "/nowhere"}  # without Java
 

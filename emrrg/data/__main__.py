@@ -104,9 +104,10 @@ class PrepareConfig:
     dropped: str | None = None
     """Write a CSV of everything that was dropped, with the reason."""
     parse_sections: bool = False
-    """tabular: divide the texts by their headings (then --section findings works)."""
+    """tabular: divide the texts by their headings, as --section findings does too."""
     image_column: str | None = None
-    """tabular: column of image paths; several views as a.png;b.png [default: guessed]."""
+    """tabular: column of image paths; several views as a.png;b.png, or in columns of their own as
+    --image-column frontal,lateral [default: guessed]."""
     text_column: str | None = None
     """tabular: column of the report [default: guessed]."""
     id_column: str | None = None
@@ -232,7 +233,8 @@ def _studies(config: PrepareConfig, images: Path | None) -> Iterable[Any]:
         return padchest.studies(Path(config.table or ""), images)
     kinds = ("image", "text", "id", "split", "patient", "view")
     columns = {k: c for k in kinds if (c := getattr(config, f"{k}_column"))}
-    return tabular.studies(Path(config.table or ""), columns, config.parse_sections)
+    divide = config.parse_sections or config.section not in (None, "full")
+    return tabular.studies(Path(config.table or ""), columns, divide)
 
 
 def _check(argv: list[str]) -> int:
@@ -244,11 +246,12 @@ def _check(argv: list[str]) -> int:
 
     annotation = Path(config.annotation)
     images = Path(config.images) if config.images else annotation.parent
+    output = Path(config.output) if config.output else None
+    if output:
+        output.mkdir(parents=True, exist_ok=True)  # before hours of reading
     findings = check(annotation, images, workers=workers, pictures=config.pictures, progress=bar)
     print(findings.summary())
-    if config.output:
-        output = Path(config.output)
-        output.mkdir(parents=True, exist_ok=True)
+    if output:
         page = check_page(findings, annotation.name, config.pictures)
         (output / "check.html").write_text(page, encoding="utf-8")
         problems = [dataclasses.asdict(problem) for problem in findings.problems]
@@ -262,8 +265,8 @@ def _write_dropped(prepared: Prepared, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(("id", "reason"))
-        writer.writerows((d.id, d.reason) for d in prepared.dropped)
+        writer.writerow(("id", "reason", "detail"))
+        writer.writerows((d.id, d.reason, d.detail) for d in prepared.dropped)
 
 
 def _path(text: str | None) -> Path | None:

@@ -16,6 +16,7 @@ h1 { font-size: 1.3rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; width: 100%; }
 td, th { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; overflow-wrap: anywhere; }
+td.error, td.warning { overflow-wrap: break-word; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; }
 .error { color: var(--bad); } .warning { color: var(--odd); }
 .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: .5rem; }
@@ -95,13 +96,14 @@ def _lengths(words: list[int], bins: int = 40) -> str:
     counts = Counter(min(w * bins // (top + 1), bins - 1) for w in words)
     highest = max(counts.values())
     bars = "".join(
-        f"<i style='height:{counts[b] / highest:.0%}' title='{counts[b]:,} reports'></i>"
+        f"<i style='height:{counts[b] / highest:.0%}' "
+        f"title='from {-(-b * (top + 1) // bins):,} words: {counts[b]:,} reports'></i>"
         for b in range(bins)
     )
     middle = sorted(words)[len(words) // 2]
     return (
-        f"<h2>Length of reports: 0 to {top:,} words, median {middle:,}</h2>"
-        f"<div class='bars'>{bars}</div>"
+        f"<h2>Length of reports: {min(words):,} to {max(words):,} words, median {middle:,}</h2>"
+        f"<div class='bars'>{bars}</div><p>Bars: from 0 to {top:,} words.</p>"
     )
 
 

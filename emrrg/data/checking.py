@@ -266,9 +266,12 @@ def _check_record(findings: Findings, where: str, record: Record) -> None:
         detail = repr(record.report.strip())
         findings.problems.append(Problem("warning", "report of one or two words", where, detail))
     for path in map(str, record.images):
-        if path in findings.used_by:
-            detail = f"{path}, also {findings.used_by[path]}"
-            findings.problems.append(Problem("warning", "image used twice", where, detail, path))
+        if other := findings.used_by.get(path):
+            kind = "image used twice"
+            if other.split("[")[0] != record.split:
+                kind = "same picture across splits"
+            detail = f"{path}, also {other}"
+            findings.problems.append(Problem("warning", kind, where, detail, path))
         else:
             findings.used_by[path] = where
 

@@ -86,7 +86,8 @@ def _is_count(text: str) -> bool:
 
 
 def _position(row: dict[str, Any]) -> str:
-    if row.get("frontal_lateral", "").lower() == "lateral":
+    side = row.get("frontal_lateral") or Path(row["path_to_image"]).stem
+    if "lateral" in side.lower():
         return "LATERAL"
     position = row.get("ap_pa", "").upper()
     return position if position in ("AP", "PA") else "FRONTAL"

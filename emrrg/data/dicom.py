@@ -9,7 +9,11 @@ package; JPEG Lossless and JPEG-LS need a plug-in of pydicom, which the message 
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import threading
 import warnings
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -22,10 +26,13 @@ from pydicom.pixels.processing import (
     apply_voi,
     apply_windowing,
 )
-from pydicom.uid import DeflatedExplicitVRLittleEndian
+from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGExtended12Bit
 
 from emrrg.data.images import Window, check_size, map_values, to_eight_bits
 from emrrg.errors import InputError
+
+DECODERS = "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg (or python-gdcm)"
+"""What to install for encodings that Pillow does not know."""
 
 
 def read_dicom(file: BinaryIO, name: str, window: Window = "file") -> NDArray[np.uint8]:
@@ -42,9 +49,11 @@ def read_dicom(file: BinaryIO, name: str, window: Window = "file") -> NDArray[np
             no decoder is installed, or broken (the message names the file).
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet() as told:
             warnings.simplefilter("ignore")  # odd values in fields that are not used here
             dataset = _read(file, name)
+            if "PixelData" not in dataset and any("End of file" in line for line in told):
+                raise InputError(f"{name}: broken or truncated DICOM file: it ends too early")
             return _pixels(dataset, name, window)
     except InputError:
         raise
@@ -53,6 +62,24 @@ def read_dicom(file: BinaryIO, name: str, window: Window = "file") -> NDArray[np
     except Exception as error:  # pydicom and its decoders raise nearly anything on broken files
         detail = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{name}: broken or truncated DICOM file: {detail}") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[list[str]]:
+    """Keep back, as a list, what pydicom logs of the file that this thread reads."""
+    here, logger = threading.get_ident(), logging.getLogger("pydicom")
+    told: list[str] = []
+
+    def of_others(record: logging.LogRecord) -> bool:
+        if record.thread == here:
+            told.append(record.getMessage())
+        return record.thread != here
+
+    logger.addFilter(of_others)
+    try:
+        yield told
+    finally:
+        logger.removeFilter(of_others)
 
 
 def _read(file: BinaryIO, name: str) -> pydicom.FileDataset:
@@ -87,11 +114,16 @@ def _pixels(dataset: pydicom.FileDataset, name: str, window: Window) -> NDArray[
         dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
     syntax = dataset.file_meta.TransferSyntaxUID
     if syntax.is_compressed and not pydicom.pixels.get_decoder(syntax).is_available:
+        raise InputError(f"{name}: {syntax.name}: no decoder is installed; pip install {DECODERS}")
+    try:
+        stored = dataset.pixel_array
+    except RuntimeError as error:  # every decoder that is installed gave up
+        if syntax != JPEGExtended12Bit:
+            raise
         raise InputError(
-            f"{name}: {syntax.name}: no decoder is installed; pip install "
-            "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg (or python-gdcm)"
-        )
-    stored = dataset.pixel_array
+            f"{name}: {syntax.name}: no decoder for it is installed, or the file is broken; "
+            f"pip install {DECODERS}"
+        ) from error
     photometric = str(dataset.PhotometricInterpretation).strip().upper()
     if photometric == "PALETTE COLOR":
         return to_eight_bits(apply_color_lut(stored, dataset), "full")

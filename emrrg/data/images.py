@@ -34,6 +34,12 @@ million pixels; a file of a few kilobytes can claim billions."""
 Fit = Literal["stretch", "pad"]
 Window = Literal["file", "full", "percentile"] | tuple[float, float]
 
+_BARE_DICOM = (
+    *(bytes([2, 0, element, 0]) for element in (0x00, 0x01)),
+    *(bytes([8, 0, element, 0]) for element in (0x00, 0x01, 0x05, 0x08, 0x12, 0x16, 0x60)),
+)
+"""How DICOM files without preamble begin: group and element of what may come first."""
+
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
@@ -95,7 +101,8 @@ def open_image(path: str | Path, *, window: Window = "file") -> Image.Image:
             file.seek(0)
             if not head:
                 raise InputError(f"{path}: empty file")
-            if head[128:] == b"DICM" or str(path).lower().endswith((".dcm", ".dicom")):
+            named = str(path).lower().endswith((".dcm", ".dicom"))
+            if named or head[128:] == b"DICM" or head.startswith(_BARE_DICOM):
                 from emrrg.data.dicom import read_dicom  # pydicom is slow to import
 
                 return Image.fromarray(read_dicom(file, str(path), window))

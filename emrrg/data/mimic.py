@@ -57,7 +57,10 @@ def studies(
     }
     observations: dict[str, dict[str, int | None]] = {}
     if labels != "none":
-        table = find_table(root, f"mimic-cxr-2*-{labels}", "--root")
+        try:
+            table = find_table(root, f"mimic-cxr-2*-{labels}", "--root")
+        except InputError as error:
+            raise InputError(f"{error}; --labels none goes without") from None
         for row in read_rows(table, ("study_id",)):
             observations[row["study_id"]] = read_labels(row, f"{table}: {row['study_id']}")
     earlier = _earlier_studies(grouped, metadata)

@@ -26,6 +26,11 @@ Section = Literal["findings", "impression", "both", "either", "full"]
 Views = Literal["all", "frontal", "one", "each"]
 SplitBy = Literal["source", "patient"]
 
+WITHOUT = {
+    "train": "so nothing can be trained on it",
+    "val": "so training will keep its last weights, not its best",
+    "test": "which training needs for its scores",
+}
 KEPT_SECTIONS = ("findings", "impression", "indication", "comparison")
 
 
@@ -48,11 +53,25 @@ class Prepared:
         if patients:
             lines.append(f"         of {len(patients):,} patients")
         lines.append(f"dropped  {len(self.dropped):,}")
-        for reason, count in Counter(d.reason for d in self.dropped).most_common():
-            lines.append(f"         {count:,}: {reason}")
+        lines += [f"         {reason}" for reason in self.reasons()]
         if self.lost_views:
             lines.append(f"note     {self.lost_views:,} images of kept records are not there")
+        for split in SPLITS:
+            if self.entries and not splits[split]:
+                lines.append(
+                    f"note     no {split} records, {WITHOUT[split]}; more studies, "
+                    "--split-by patient or other --fractions may give some"
+                )
         return "\n".join(lines)
+
+    def reasons(self, most: int | None = None) -> list[str]:
+        """Why studies were dropped, the commonest reason first, with the first detail of each."""
+        details = {d.reason: d.detail for d in reversed(self.dropped)}
+        counts = Counter(d.reason for d in self.dropped).most_common(most)
+        return [
+            f"{count:,}: {reason}" + (details[reason] and f", the first: {details[reason]}")
+            for reason, count in counts
+        ]
 
 
 def prepare(
@@ -96,6 +115,7 @@ def prepare(
     prepared = Prepared()
     seen: set[str] = set()
     to_split: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     for study in studies:
         if isinstance(study, Dropped):
             prepared.dropped.append(study)
@@ -103,22 +123,24 @@ def prepare(
         for entry in _entries(study, images, section, views, min_views, max_views, min_words):
             if isinstance(entry, Dropped):
                 prepared.dropped.append(entry)
-                continue
-            if entry["id"] in seen:
-                prepared.dropped.append(Dropped(entry["id"], "its id was there before"))
-                continue
-            seen.add(entry["id"])
-            if split_from is not None:
-                if entry["id"] not in split_from:
-                    prepared.dropped.append(Dropped(entry["id"], "not in the file of splits"))
-                    continue
-                entry["split"] = split_from[entry["id"]]
-            elif split_by == "patient" or study.split is None:
-                to_split.append(entry)
             else:
-                entry["split"] = study.split
-            prepared.lost_views += entry.pop("_lost")
-            prepared.entries.append(entry)
+                found.append(entry)
+    if views == "each":
+        _make_ids_unique(found)
+    for entry in found:
+        if entry["id"] in seen:
+            prepared.dropped.append(Dropped(entry["id"], "its id was there before"))
+            continue
+        seen.add(entry["id"])
+        if split_from is not None:
+            if entry["id"] not in split_from:
+                prepared.dropped.append(Dropped(entry["id"], "not in the file of splits"))
+                continue
+            entry["split"] = split_from[entry["id"]]
+        elif split_by == "patient" or not entry["split"]:
+            to_split.append(entry)
+        prepared.lost_views += entry.pop("_lost")
+        prepared.entries.append(entry)
     groups = [entry.get("patient") or entry["study"] for entry in to_split]
     for entry, split in zip(to_split, split_by_group(groups, fractions, seed), strict=True):
         entry["split"] = split
@@ -132,7 +154,9 @@ def split_by_group(groups: Sequence[str], fractions: Sequence[float], seed: int)
     """Divide items among train, val and test so that no group is divided.
 
     Groups are put in an order that depends on the seed and their names alone, and the list is cut
-    where the shares are reached, so the shares are met to within one group.
+    where the shares are reached, so the shares are met to within one group. Where groups are so few
+    that a split would be empty, it takes one of another: test before val, which training can do
+    without.
 
     Args:
         groups: the group (patient) of each item.
@@ -150,6 +174,12 @@ def split_by_group(groups: Sequence[str], fractions: Sequence[float], seed: int)
         middle = before + sizes[group] / 2
         chosen[group] = next((s for s, b in zip(SPLITS, bounds, strict=True) if middle < b), "test")
         before += sizes[group]
+    for k in (0, 2, 1):
+        split, held = SPLITS[k], Counter(chosen.values())
+        givers = [s for s in SPLITS if held[s] > 1] or (["val"] if held["val"] else [])
+        if fractions[k] and not held[split] and givers:
+            giver = max(givers, key=held.__getitem__)
+            chosen[next(group for group in reversed(order) if chosen[group] == giver)] = split
     return [chosen[group] for group in groups]
 
 
@@ -165,10 +195,7 @@ def write_annotation(prepared: Prepared, output: Path, images: Path | None) -> N
             not pass `emrrg.data.r2gen.read_annotation`.
     """
     if not prepared.entries:
-        reasons = Counter(d.reason for d in prepared.dropped).most_common(5)
-        why = (
-            ", ".join(f"{count:,}: {reason}" for reason, count in reasons) or "the source is empty"
-        )
+        why = ", ".join(prepared.reasons(5)) or "the source is empty"
         raise InputError(f"{output}: not written: no record was kept ({why})")
     content: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for entry in prepared.entries:
@@ -259,29 +286,46 @@ def _entries(
         return
     there = [v for v in study.views if images is None or os.path.isfile(images / v.path)]
     if len(there) < min_views:
-        yield Dropped(study.id, "image files not found" if not there else "image files missing")
+        reason = "image files not found" if not there else "image files missing"
+        lost_file = next(v.path for v in study.views if v not in there)
+        yield Dropped(study.id, reason, str((images or Path()) / lost_file))
         return
     chosen = _choose_views(there, views)[:max_views]
     if not chosen:
         yield Dropped(study.id, "no frontal view")
         return
     lost = len(study.views) - len(there)
-    for group in [[view] for view in chosen] if views == "each" else [chosen]:
-        yield _entry(study, report, group, lost, views)
+    if views != "each":
+        yield _entry(study, study.id, report, chosen, lost)
+        return
+    names = [Path(view.path).stem for view in chosen]
+    if len(set(names)) < len(names):
+        names = [str(number) for number in range(len(names))]
+    for name, view in zip(names, chosen, strict=True):
+        yield _entry(study, name, report, [view], lost)
         lost = 0
 
 
+def _make_ids_unique(entries: Sequence[dict[str, Any]]) -> None:
+    """Put the study before the names of images that several studies have, or that are numbers."""
+    studies = defaultdict(set)
+    for entry in entries:
+        studies[entry["id"]].add(entry["study"])
+    shared = any(len(names) > 1 for names in studies.values())
+    for entry in entries:
+        name, study = entry["id"], entry["study"]
+        if (shared or name.isdecimal()) and not name.startswith(study):
+            entry["id"] = f"{study}_{name}"
+
+
 def _entry(
-    study: SourceStudy, report: str, group: Sequence[View], lost: int, views: Views
+    study: SourceStudy, name: str, report: str, group: Sequence[View], lost: int
 ) -> dict[str, Any]:
-    own = Path(group[0].path).stem if views == "each" else study.id
-    if views == "each" and not own.startswith(study.id) and own.isdecimal():
-        own = f"{study.id}_{own}"
     entry: dict[str, Any] = {
-        "id": own,
+        "id": name,
         "report": report,
         "image_path": [view.path for view in group],
-        "split": "",
+        "split": study.split or "",
         "study": study.id,
         "_lost": lost,
     }

@@ -165,7 +165,8 @@ def load_json(path: str | Path) -> Any:
         InputError: it is missing, no UTF-8 text or no JSON (the message says at which line).
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        text = Path(path).read_text(encoding="utf-8-sig")
+        return json.loads(text, parse_constant=lambda _: None)  # NaN, where pandas wrote the file
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:

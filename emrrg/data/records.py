@@ -67,3 +67,6 @@ class Dropped:
 
     id: str
     reason: str
+    """A few words, the same for all of its kind."""
+    detail: str = ""
+    """Of this one."""

@@ -108,7 +108,12 @@ def _plain(text: str) -> str:
 _HEADING = re.compile(
     r"^[ \t]*(?P<name>[A-ZÁÉÍÓÚÑ][A-ZÁÉÍÓÚÑ0-9 ()/,&.\-]{1,60}?)[ \t]*:(?=\s|$)", re.MULTILINE
 )
-_TITLE = re.compile(r"^[ \t]*(?P<name>FINAL (?:REPORT|ADDENDUM))[ \t]*$", re.MULTILINE)
+_TITLE = re.compile(
+    r"^[ \t]*(?P<name>FINAL (?:REPORT|ADDENDUM)|FINDINGS?|Findings?|IMPRESSIONS?|Impressions?"
+    r"|CONCLUSIONS?|Conclusions?|INDICATIONS?|COMPARISONS?|TECHNIQUE|HALLAZGOS|Hallazgos"
+    r"|IMPRESIÓN|Impresión)[ \t]*$",
+    re.MULTILINE,
+)
 _RULE = re.compile(r"^[ \t]*_{10,}[ \t]*$", re.MULTILINE)
 _SECTION_NAMES = {
     "findings": ("finding", "findings", "reference findings", "hallazgos", "radiological findings"),
@@ -157,6 +162,7 @@ def parse_sections(text: str) -> dict[str, str]:
 
     A heading stands at the beginning of a line and ends in a colon: any in capitals, and the
     usual ones in any case (these also behind a full stop, where the text is all on one line).
+    The commonest (FINDINGS, IMPRESSION, ...) may also have a line of their own without a colon.
     Names are brought to common ones (``findings``, ``impression``, ``indication``, ``history``,
     ``comparison``, ``technique``, ``examination``, ...); "CHEST, TWO VIEWS:" and its like open
     findings; misspelt ones (IMPRESSOIN) are recognised. Where findings or impression come more

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
+import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from emrrg.data.records import SPLITS
 from emrrg.errors import InputError
 from emrrg.metrics.clinical import OBSERVATIONS
 
 LARGEST_FIELD = 2**20
 """Characters in one field; more is a broken file (an open quotation mark)."""
+_END = "\x1ethe end\x1e"
+"""Put behind a file: where it lands inside a field, a quotation mark was never closed."""
 
 
 def read_rows(
@@ -23,8 +28,8 @@ def read_rows(
     """Read a table row by row.
 
     Args:
-        path: ``.csv``, ``.tsv``, ``.json`` (a list of objects) or ``.jsonl``, or one of these
-            with ``.gz`` behind it.
+        path: ``.csv``, ``.tsv``, ``.json`` (a list of objects, or an annotation file, of which
+            ``split`` becomes a column) or ``.jsonl``, or one of these with ``.gz`` behind it.
         needed: columns that must be there.
         kind: ``csv``, ``tsv``, ``json`` or ``jsonl``; None: as the name says.
     Yields:
@@ -50,7 +55,9 @@ def read_rows(
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text file in UTF-8") from None
+        raise InputError(
+            f"{path}: not a text file in UTF-8 (in Excel: save as CSV UTF-8)"
+        ) from None
     except (EOFError, zlib.error, OSError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
 
@@ -107,18 +114,31 @@ def _delimited(
 ) -> Iterator[dict[str, Any]]:
     if delimiter is None:
         first = file.readline()
-        file.seek(0)
-        delimiter = max(",;\t", key=first.count)
+        if re.fullmatch(r"sep=.\s*", first):  # Excel's own first line
+            delimiter = first[4]
+        else:
+            file.seek(0)
+            delimiter = max(",;\t", key=first.count)
     csv.field_size_limit(max(csv.field_size_limit(), LARGEST_FIELD))
-    reader = csv.DictReader(file, delimiter=delimiter, restkey="")
+    lines = itertools.chain(file, [_END])
+    reader = csv.DictReader(lines, delimiter=delimiter, restkey="")
     try:
         columns = reader.fieldnames or []
+        if columns == [_END]:
+            return
+        _check_closed(columns, path, 1)
         for name in needed:
             if name not in columns:
                 shown = ", ".join(columns[:12])
                 raise InputError(f"{path}: no column {name!r}; it has {shown or 'none'}")
+        begun = reader.line_num
         for row in reader:
-            if "" in row and isinstance(row[""], list):
+            extra = row[""] if isinstance(row.get(""), list) else []
+            if row[columns[0]] == _END:
+                return
+            _check_closed([*row.values(), *extra], path, begun + 1)
+            begun = reader.line_num
+            if any(map(str.strip, extra)):
                 raise InputError(
                     f"{path}: line {reader.line_num}: more fields than columns "
                     "(a comma in a field without quotation marks?)"
@@ -128,12 +148,21 @@ def _delimited(
         raise InputError(f"{path}: line {reader.line_num}: {error}") from None
 
 
+def _nothing(_constant: str) -> None:
+    """What NaN is read as: pandas writes it where there is nothing."""
+
+
+def _check_closed(fields: Iterable[Any], path: Path, line: int) -> None:
+    if any(isinstance(field, str) and _END in field for field in fields):
+        raise InputError(f"{path}: line {line}: a quotation mark opened there is never closed")
+
+
 def _json_lines(file: IO[str], path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=_nothing)
         except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"{path}: line {number}: not JSON: {error}") from None
         if not isinstance(row, dict):
@@ -143,9 +172,18 @@ def _json_lines(file: IO[str], path: Path) -> Iterator[dict[str, Any]]:
 
 def _json_list(file: IO[str], path: Path) -> Iterator[dict[str, Any]]:
     try:
-        rows = json.load(file)
+        rows = json.load(file, parse_constant=_nothing)
     except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from None
+    if isinstance(rows, dict) and rows and set(rows) <= set(SPLITS):
+        rows = [
+            {"split": split, **row} if isinstance(row, dict) else row
+            for split, part in rows.items()
+            for row in (part if isinstance(part, list) else [part])
+        ]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{path}: must be a list of objects")
+        raise InputError(
+            f"{path}: must be a list of objects, or an annotation file (train, val and test to "
+            "such lists)"
+        )
     yield from rows

@@ -5,16 +5,18 @@
 
 Column names are guessed from the usual ones, or named by flags. Several views of a study stand in
 one field (``a.png;b.png``, ``a.png|b.png``, a JSON list), or on lines of their own with the same
-id. Columns named like CheXpert observations become labels, all others attributes.
+id. Columns named findings, impression, indication or comparison are those sections. Columns named
+like CheXpert observations become labels, all others attributes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from emrrg.data.r2gen import TEXTS
 from emrrg.data.records import POSITIONS, Dropped, SourceStudy, View
 from emrrg.data.reports import parse_sections
 from emrrg.data.tables import read_labels, read_rows
@@ -51,7 +53,7 @@ def studies(
 
     Args:
         table: the file.
-        columns: which column is the ``image``, ``text``, ``id``, ``split``, ``patient``,
+        columns: which column (for images also several, ``a,b``) is the ``image``, ``text``, ``id``, ``split``, ``patient``,
             ``view``; those not named are guessed.
         sections: divide the texts by their headings (`parse_sections`).
         texts: whether there must be a column of texts.
@@ -66,7 +68,8 @@ def studies(
     role = _columns(table, rows, columns or {}, ("image", "text") if texts else ("image",))
     grouped: dict[str, list[dict[str, Any]]] = {}
     for number, row in enumerate(rows, 1):
-        identity = str(row.get(role["id"], "")) if "id" in role else f"row{number}"
+        given = row.get(role["id"]) if "id" in role else f"row{number}"
+        identity = "" if given is None else str(given)
         if not identity:
             yield Dropped(f"row {number}", "no id")
             continue
@@ -93,22 +96,34 @@ def _study(
         return Dropped(identity, f"unknown split {split!r}")
     paths, positions = [], []
     for row in rows:
-        own = _list(value("image", row))
+        fields = [row.get(name) for name in _names(role["image"], row)]
+        own = [p.replace("\\", "/") for field in fields for p in _list(field)]  # Windows
         paths += own
         given = [_position(v) for v in _list(value("view", row))]
         positions += given if len(given) == len(own) else [""] * len(own)
     text = texts.pop() if texts else ""
     labels = read_labels(first, f"{table}: {identity}")
-    used = {*role.values(), *OBSERVATIONS}
+    used = {*role.values(), *_names(role["image"], first), *OBSERVATIONS}
     return SourceStudy(
         id=identity,
-        sections={**(parse_sections(text) if sections else {}), "full": text},
+        sections={**(parse_sections(text) if sections else {}), **_sections(first), "full": text},
         views=tuple(View(p, v) for p, v in dict(zip(paths, positions, strict=True)).items()),
         patient=str(value("patient", first) or "") or None,
         split=SPLIT_NAMES.get(split),
         labels=labels or None,
         attributes={k: v for k, v in first.items() if k not in used},
     )
+
+
+def _sections(row: Mapping[str, Any]) -> dict[str, str]:
+    """The sections that have columns of their own."""
+    named = {str(key).lower(): value for key, value in row.items()}
+    return {n: v for n in TEXTS if isinstance(v := named.get(n), str) and v.strip()}
+
+
+def _names(asked: str, have: Iterable[str]) -> list[str]:
+    """One column, or several (``frontal,lateral``)."""
+    return [asked] if asked in have else [name.strip() for name in asked.split(",")]
 
 
 def _columns(
@@ -119,9 +134,10 @@ def _columns(
     role: dict[str, str] = {}
     for kind, usual in USUAL.items():
         if kind in named:
-            if named[kind] not in have:
+            wanted = _names(named[kind], have) if kind == "image" else [named[kind]]
+            if strange := [name for name in wanted if name not in have]:
                 raise InputError(
-                    f"--{kind}-column {named[kind]}: {table} has no such column; "
+                    f"--{kind}-column {strange[0]}: {table} has no such column; "
                     f"it has {', '.join(have[:12])}"
                 )
             role[kind] = named[kind]

@@ -1,9 +1,11 @@
 """Files of reports or labels, in the forms that systems leave them in.
 
     JSON    a list of texts, or of objects; an object of id to text or to object; R2Gen's annotation
-            (`train`, `val` and `test` to lists of objects).
+            (`train`, `val` and `test` to lists of objects). A list of one text (or of one object
+            with a `caption`) may stand for a text, as R2GenGPT and pycocoevalcap have it.
     JSONL   an object a line.
-    CSV     (also TSV; JSONL and these also with ``.gz``) a row a study.
+    CSV     (also TSV; JSONL and these also with ``.gz``) a row a study. A single column without
+            a name, as R2Gen's descendants have it (`res.csv`), holds texts.
 
 An id, a text or a label is found under its usual names, or under the one that the user says.
 """
@@ -21,15 +23,16 @@ from emrrg.data.tables import read_labels, read_rows
 from emrrg.errors import InputError
 from emrrg.metrics.labeler import OBSERVATIONS
 
+FORMS = (".json", ".jsonl", ".csv", ".tsv")
 TEXT = "text"  # the name of the field where a file has texts alone
 IDS = ("id", "study_id", "study", "uid", "image_id", "dicom_id", "filename")
 HYPOTHESES = (
-    "hypothesis", "prediction", "generated", "generated_report", "candidate", "report", TEXT,
-    "findings", "impression", "Report Impression",
+    "hypothesis", "prediction", "pred", "generated", "generated_report", "candidate", "report",
+    "caption", TEXT, "findings", "impression", "Report Impression",
 )  # fmt: skip
 REFERENCES = (
-    "reference", "ground_truth", "gt", "target", "report", TEXT, "findings", "impression",
-    "Report Impression",
+    "reference", "ground_truth", "gt", "target", "report", "caption", TEXT, "findings",
+    "impression", "Report Impression",
 )  # fmt: skip
 
 
@@ -59,7 +62,7 @@ class Table:
         name = self.column(names, column)
         texts = []
         for i, row in enumerate(self.rows):
-            value = row.get(name)
+            value = _sole(row.get(name))
             if not isinstance(value, str):
                 kind = "nothing" if value is None else type(value).__name__
                 raise InputError(f"{self.path}: record {self.name(i)}: {name}: {kind}, not a text")
@@ -76,7 +79,7 @@ class Table:
         for name in [column] if column else names:
             if name in fields:
                 return name
-        wanted = repr(column) if column else f"none of {', '.join(names)}"
+        wanted = repr(column) if column else f"named {', '.join(names)}"
         raise InputError(
             f"{self.path}: no field {wanted}; it has {', '.join(fields[:12]) or 'none'}"
         )
@@ -123,10 +126,11 @@ def read_table(
         InputError: the file is missing, broken or empty, an id comes twice, or is missing.
     """
     path = Path(path)
+    _check_form(path)
     if path.name.lower().removesuffix(".gz").endswith(".json"):
         rows = _json_rows(path)
     else:
-        rows = list(read_rows(path))
+        rows = _name_the_only_column(list(read_rows(path)))
     rows = [_raise_labels(row) for row in rows]
     if split is not None:
         if not any("split" in row for row in rows):
@@ -173,6 +177,19 @@ def match(first: Table, others: Iterable[Table]) -> list[list[int | None]]:
     return places
 
 
+def _check_form(path: Path) -> None:
+    """Refuse what is no table by its name, and say what is read."""
+    if path.is_dir():
+        inside = path / "predictions.json"
+        instead = f"give {inside}" if inside.exists() else f"give a file ({', '.join(FORMS)})"
+        raise InputError(f"{path}: is a folder; {instead}")
+    if path.exists() and not path.name.lower().removesuffix(".gz").endswith(FORMS):
+        raise InputError(
+            f"{path}: only {', '.join(FORMS)} are read; plain texts can go into a .csv with the "
+            "columns id and report"
+        )
+
+
 def _json_rows(path: Path) -> list[Mapping[str, Any]]:
     content = load_json(path)
     if isinstance(content, dict) and content and set(content) <= set(SPLITS):
@@ -185,7 +202,7 @@ def _json_rows(path: Path) -> list[Mapping[str, Any]]:
         ]
     elif isinstance(content, dict):
         content = [
-            {"id": name, **(entry if isinstance(entry, dict) else {TEXT: entry})}
+            {"id": name, **(only if isinstance(only := _sole(entry), dict) else {TEXT: only})}
             for name, entry in content.items()
         ]
     if not isinstance(content, list):
@@ -200,6 +217,23 @@ def _json_rows(path: Path) -> list[Mapping[str, Any]]:
             )
         rows.append(entry)
     return rows
+
+
+def _name_the_only_column(rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Where a table of one column has a report for a header, that is its first text."""
+    fields = list(dict.fromkeys(name for row in rows for name in row))
+    if len(fields) != 1 or len(fields[0].split()) < 3:
+        return rows
+    return [{TEXT: fields[0]}, *({TEXT: row[fields[0]]} for row in rows)]
+
+
+def _sole(value: Any) -> Any:
+    """What a list of one text or one caption holds; anything else as it is."""
+    if isinstance(value, list) and len(value) == 1:
+        (value,) = value
+        if isinstance(value, dict) and set(value) == {"caption"}:
+            return value["caption"]
+    return value
 
 
 def _raise_labels(row: Mapping[str, Any]) -> Mapping[str, Any]:

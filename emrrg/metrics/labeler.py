@@ -143,6 +143,8 @@ _BARRIERS = _any(lexicon.BARRIERS)
 _DENIAL_BARRIERS = _any(lexicon.DENIAL_BARRIERS)
 _RESUMES = re.compile(lexicon.RESUMES)
 _VERBS = _any(lexicon.VERBS)
+_CONCERNING = re.compile(lexicon.CONCERNING)
+_SIDE_PAIR = re.compile(lexicon.SIDE_PAIR)
 _SIDE = re.compile("|".join(f"(?P<{name}>{words})" for name, words in lexicon.SIDES.items()))
 _COMPARISONS = _any(lexicon.COMPARISONS)
 _NO_COMPARISON = _any(lexicon.NO_COMPARISON)
@@ -198,6 +200,13 @@ class _Cues:
         self._barriers = [start for start, _ in _spans(_BARRIERS, text)]
         self._denial_barriers = [start for start, _ in _spans(_DENIAL_BARRIERS, text)]
         self._denial_barriers += [end for _, end in phrases if _RESUMES.match(text, end)]
+        self._doubts_before = [s for s in self._doubts_before if not self._is_denied(s)]
+
+    def _is_denied(self, doubt: Span) -> bool:
+        return bool(_CONCERNING.match(self._text, doubt[0])) and any(
+            self._reaches_on(denial, doubt[0]) and "," not in self._text[denial[1] : doubt[0]]
+            for denial in self._denials_before
+        )
 
     def status(self, start: int, end: int) -> int:
         """1, 0 or -1 for the phrase `text[start:end]`."""
@@ -239,6 +248,12 @@ def _sides(text: str, phrases: list[Span]) -> list[str | None]:
     """The side of each phrase: said inside it, in front of it, behind it, or shared by a list."""
     words = [(*m.span(), str(m.lastgroup)) for m in _SIDE.finditer(text)]
     words = [(s, e, side) for s, e, side in words if not text.startswith(" ventric", e)]
+    for match in _SIDE_PAIR.finditer(text):
+        in_front = (text[e : match.start()] for _, e in phrases if e <= match.start())
+        if all(re.search("[,;:]", between) for between in in_front):
+            words = [word for word in words if not _touches(word[:2], [match.span()])]
+            words.append((*match.span(), "both"))
+    words.sort()
     sides: list[str | None] = []
     for i, (start, end) in enumerate(phrases):
         before = max((e for _, e in phrases[:i] if e <= start), default=0)
@@ -249,7 +264,10 @@ def _sides(text: str, phrases: list[Span]) -> list[str | None]:
         behind = [
             side
             for s, e, side in words
-            if end <= s and e <= after and not re.search(r"[,;:]|\b(?:but|and)\b", text[end:s])
+            if end <= s
+            and e <= after
+            and not re.search(r"[;:]|\b(?:but|and)\b", text[end:s])
+            and ("," not in text[end:s] or " than " in text[s:e])  # ", left greater than right"
         ]
         said = inside or close[::-1] or behind or [side for _, side in front[::-1]]
         if said:

@@ -43,9 +43,18 @@ MASKS: tuple[str, ...] = (
     r"(?:no|without) (?:(?:significant|definite|appreciable|substantial|interval|acute|relevant"
     r"|other|real|major) ){0,3}(?:changes?|difference)(?: (?:in|of|to|from|compared (?:to|with)"
     r"|since))?",
-    r"(?:not|n't) (?:(?:significantly|appreciably|substantially|markedly) )?changed",
-    r"not only",
-    r"no (?:increase|decrease)(?: in)?",
+    r"(?:not|n't) (?:(?:yet|significantly|appreciably|substantially|markedly|completely|fully"
+    r"|entirely) ){0,2}(?:changed|larger|smaller|worse|worsened|better|improved|progressed"
+    r"|resolved|cleared)",
+    r"not only|not without",
+    r"no (?:(?:significant|definite|appreciable|substantial|interval|further|relevant) ){0,2}"
+    r"(?:increase|decrease|improvement|worsening|progression|resolution)(?: (?:in|of))?",
+    r"no (?:larger|smaller|worse|better)",
+    r"(?:near(?:ly)?[- ]complete|partial|incomplete) (?:resolution|clearing) of",
+    r"\bnon-\w+|\bnon (?:displaced|calcified|specific|obstruct\w+|consolidat\w+)",
+    r"history of(?: [\w-]+){0,2}? (?:malignan\w+|(?:lung )?cancer|carcinoma|neoplas\w+|metasta\w+"
+    r"|tumou?rs?|pneumoni\w+|infections?|pneumothora\w+|effusions?|fractures?|chf"
+    r"|(?:heart|cardiac) failure|cardiomegaly|atelectasis|o?edema|nodules?|mass(?:es)?)",
     r"(?:kerley|septal|fissure|fissural|skin|pleural|paratracheal|stripe|mid|air fluid) lines?",
 )
 """Phrases that contain the words of an observation or of a cue, and are neither."""
@@ -123,7 +132,8 @@ MENTIONS: dict[str, tuple[str, ...]] = {
         r"pace ?-?makers?|pacers?|pacing (?:wires?|leads?|device)|defibrillators?|aicds?|icds?",
         r"catheters?|picc|port ?-?a ?-?caths?|mediports?|infusaports?|(?:chest )?ports?",
         r"(?:endotracheal|tracheostomy|nasogastric|orogastric|enteric|feeding|gastric|chest"
-        r"|thoracostomy|dobb?hoff|drainage|ng|et|og) ?tubes?|ett|ngt|tracheostomy",
+        r"|thoracostomy|dobb?hoff|drainage|ng|et|og) ?tubes?|tubes?|ett|ngt|tracheostomy",
+        r"lines? tips?|tips? of (?:the |a )?(?:\w+ ){0,2}lines?",
         r"(?:central|venous|jugular|subclavian|arterial|picc|iv|support) (?:venous )?lines?",
         r"lines and tubes|tubes? and lines?|support (?:devices?|apparatus|equipment)",
         r"(?:median )?(?:sternotomy|sternal|cerclage) wires?",
@@ -143,7 +153,7 @@ MENTIONS: dict[str, tuple[str, ...]] = {
 _NORMAL = (
     r"(?:normal|unremarkable|within (?:the )?(?:range of )?normal|(?:(?:at|near|in|towards) )?"
     r"(?:the )?upper(?: limits?)?(?: of)? normal|top ?-?normal|high normal"
-    r"|not (?:\w+ )?enlarged)"
+    r"|not (?:\w+ )?(?:enlarged|widened))"
 )
 _NORMAL_WHAT = (
     r"(?: (?:sized?|appearing|appearance|contours?|in|of|the|and|overall|shape|stable)){0,6}"
@@ -190,13 +200,14 @@ ABSENT: dict[str, tuple[str, ...]] = {
 NEGATION_BEFORE: tuple[str, ...] = (
     r"\bnot (?:appear|seem|look)\b(?: to (?:be|represent|have))?",
     r"\bno longer\b",
-    r"\bno\b|\bnot\b|n't\b|\bwithout\b|\bw/o\b|\bnor\b|\bneither\b|\bnone\b|\bnon\b",
+    r"\bno\b|\bnot\b|n't\b|\bwithout\b|\bw/o\b|\bnor\b|\bneither\b|\bnone\b",
     r"\bnegative for\b|\bfree (?:of|from)\b|\bclear of\b|\bdevoid of\b",
     r"\babsen(?:t|ce of)\b|\black of\b",
     r"\b(?:resolution|clearing) of\b|\bresolved\b|\bcleared\b",
     r"\brul(?:es?|ed|ing) out\b|\bexclud(?:es|ed|ing)\b",
     r"\b(?:removal|extraction) of\b",
     r"\bfail(?:s|ed)? to (?:show|demonstrate|reveal)\b",
+    r"\brather than\b|\bas opposed to\b",
 )
 """Cues in front of what they deny."""
 
@@ -225,16 +236,24 @@ UNCERTAIN_BEFORE: tuple[str, ...] = (
     r"\braises? (?:the )?(?:question|possibility|concern)\b",
     r"\bequivocal\b|\buncertain\b|\bindeterminate\b|\bsuspected\b",
     r"\bnot (?:entirely |completely )?certain\b",
+    r"\b(?:unlikely|less likely)\b(?: to (?:be|represent))?|\bdoubt(?:ful)?\b",
+    r"\blow (?:suspicion|probability|likelihood) (?:for|of)\b",
+    r"\br/?o\b|\bcorrelat\w+(?: \w+){0,2} for\b",
     r"\bclinical (?:setting|context)\b(?:,? (?:this|these|it|the|findings?|appearances?)){0,3}"
     r"(?: (?:is|are|may be|could be))?",
 )
 """Cues in front of what they make doubtful."""
 
+CONCERNING = r"(?:concerning|suspicious|worrisome) for"
+"""Such a doubt behind a denied finding is denied with it: "no opacity concerning for pneumonia"."""
+
 UNCERTAIN_AFTER: tuple[str, ...] = (
     r"\b(?:cannot|can ?not|can't|could not|not) be (?:\w+ )?(?:excluded|ruled out)\b",
     r"\b(?:is|are) (?:\w+ )?(?:possible|questioned|questionable|not excluded|uncertain)\b",
     r"\b(?:not|difficult to|hard to) (?:\w+ )?excluded?\b",
-    r"\b(?:may|might|could) (?:be|have|represent)\b",
+    r"\b(?:may|might|could) (?:be|have)\b(?! (?:due|secondary|related|caused|attribut\w+|from))",
+    r"\b(?:is|are|seems?|appears?|thought|felt|considered) (?:\w+ )?"
+    r"(?:unlikely|less likely|doubtful|doubted)\b",
     r"\bquestioned\b|\bsuspected\b|\?",
 )
 """Cues behind what they make doubtful."""
@@ -264,16 +283,26 @@ VERBS: tuple[str, ...] = (r"\b(?:is|are|was|were|has|have|had|appears?|remains?)
 
 SIDES: dict[str, str] = {
     "both": r"\b(?:bilateral\w*|both|bi-?(?:basilar|basal|apical|hilar)|right and left"
-    r"|left and right|left greater than right|right greater than left)\b",
-    "left": r"\bleft\b|\bleft-?sided\b|\blingula\w*\b",
-    "right": r"\bright\b|\bright-?sided\b|\bmiddle lobe\b",
+    r"|left and right|(?:left|right)(?: side)? (?:greater|larger|more|worse)(?: \w+)? than"
+    r"(?: on)?(?: the)? (?:left|right)|right(?: (?:upper|mid|middle|lower)){1,2} and left"
+    r"|left(?: (?:upper|mid|lower)){1,2} and right)\b",
+    "left": r"\bleft\b|\bleft-?sided\b|\blingula\w*\b|\bl[lu]l\b|\blt\b",
+    "right": r"\bright\b|\bright-?sided\b|\bmiddle lobe\b|\br[lmu]l\b|\brt\b",
 }
 """Words that give a phrase its side."""
 
+SIDE_PAIR = (
+    r"\b(?:left|right) and(?: (?:small|tiny|trace|minimal|mild|moderate|large|smaller|larger"
+    r"|slightly|very|a)){1,3} (?:left|right)\b"
+)
+"""Both sides of one finding, if none is named before: "small right and large left effusions"."""
+
 COMPARISONS: tuple[str, ...] = (
-    r"\b(?:un|not (?:significantly |appreciably )?)changed\b",
+    r"\bunchanged\b|\bnot (?:(?:yet|significantly|appreciably|completely|fully) )?(?:changed"
+    r"|larger|smaller|improved|worsened|progressed|resolved|cleared)\b",
     r"\bno (?:(?:significant|interval|definite|appreciable|substantial|relevant|acute) ){0,2}"
-    r"changes?\b",
+    r"(?:changes?|improvement|worsening|progression|resolution)\b|\bno (?:larger|smaller)\b",
+    r"\bresolution of\b",
     r"\binterval (?:\w+ )?(?:change|increase|decrease|development|improvement|resolution|removal"
     r"|placement|worsening|progression|enlargement|clearing|appearance|reduction|growth"
     r"|extubation|intubation)s?\b",
@@ -297,6 +326,7 @@ COMPARISONS: tuple[str, ...] = (
     r"\bnew (?:[\w-]+ ){0,4}"
     r"(?:opacit\w+|consolidation|infiltrates?|effusions?|pneumothorax|nodules?|edema|atelectasis)\b",
     r"\b(?:increased|decreased|larger|smaller) (?:in size )?(?:compared|since|from)\b",
+    r"\b(?:is|are) new\b",
 )
 """Phrases that compare with an earlier study."""
 

@@ -8,6 +8,8 @@ from typing import Any
 from emrrg.metrics.clinical import FINDINGS
 from emrrg.metrics.nlg import SCORES
 
+LONGEST = 40  # characters of a group's name that are shown
+
 
 def score_table(result: Mapping[str, Any]) -> str:
     """The scores as text."""
@@ -86,7 +88,7 @@ def _group_rows(column: str, groups: Mapping[str, Any], found: Mapping[str, Any]
         limits = own["intervals"].get("findings", {}).get("micro", {}) if own else {}
         rows.append(
             [
-                value,
+                value if len(value) <= LONGEST else f"{value[: LONGEST - 3]}...",
                 str(one["pairs"]),
                 _number(one["BLEU_4"]),
                 _number(one["CIDEr"]),

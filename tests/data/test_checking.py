@@ -70,6 +70,7 @@ def faulty(tmp_path: Path) -> Path:
         "test": [
             record("a", "good3.png", patient="p1"),
             record("n", "twin.bmp", report="report of  A."),
+            record("o", "good1.png"),
         ],
     }
     (tmp_path / "annotation.json").write_text(json.dumps(content))
@@ -93,6 +94,7 @@ EXPECTED = {
     ("warning", "same patient across splits", "train and test"),
     ("warning", "same report across splits", "train and test"),
     ("warning", "same picture across splits", "test[1] (n)"),
+    ("warning", "same picture across splits", "test[2] (o)"),
 }
 
 
@@ -101,7 +103,7 @@ def test_every_fault_is_found_and_no_other(workers: int, faulty: Path) -> None:
     findings = check(faulty / "annotation.json", faulty / "images", workers=workers)
     assert {(p.severity, p.kind, p.where) for p in findings.problems} == EXPECTED
     assert len(findings.problems) == len(EXPECTED)
-    assert findings.records == {"train": 12, "val": 0, "test": 2}
+    assert findings.records == {"train": 12, "val": 0, "test": 3}
     assert findings.errors == 5
 
 
@@ -146,7 +148,7 @@ def test_command_writes_page_and_list(
     )  # fmt: skip
     assert status == 1
     said = capsys.readouterr().out
-    assert "5 errors, 11 warnings" in said and "train[8] (i)" in said
+    assert "5 errors, 12 warnings" in said and "train[8] (i)" in said
     problems = json.loads((tmp_path / "out/problems.json").read_text())
     assert {(p["severity"], p["kind"], p["where"]) for p in problems} == EXPECTED
     tags = Tags()
@@ -160,6 +162,11 @@ def test_page_escapes_what_the_data_says(tmp_path: Path) -> None:
     findings = Findings(records={"train": 1})
     page = check_page(findings, "<script>alert(1)</script>")
     assert "<script>" not in page and "&lt;script&gt;" in page
+
+
+def test_page_says_the_shortest_and_longest_report() -> None:
+    page = check_page(Findings(records={"train": 3}, words=[3, 54, 7]), "x")
+    assert "Length of reports: 3 to 54 words, median 7" in page
 
 
 def test_nothing_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import logging
 import struct
+import threading
 import warnings
 import zlib
 from pathlib import Path
@@ -17,7 +20,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.uid import ExplicitVRLittleEndian
 
-from emrrg.data import images
+from emrrg.data import dicom, images
 from emrrg.data.images import load_image, looks_inverted, normalize, open_image
 from emrrg.errors import InputError
 
@@ -288,12 +291,63 @@ class TestDicom:
         dataset.save_as(tmp_path / "rle.dcm")
         np.testing.assert_array_equal(grey(tmp_path / "rle.dcm"), ramp())
 
+    @pytest.mark.parametrize("bits", [8, 12, 16])
+    def test_jpeg_2000(self, bits: int, tmp_path: Path) -> None:
+        pixels = ramp() if bits == 8 else ramp().astype(np.uint16) << (bits - 8)
+        dataset = pydicom.dcmread(
+            make_dicom(tmp_path / "a.dcm", pixels, BitsStored=bits, HighBit=bits - 1)
+        )
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG2000", irreversible=False, no_jp2=True)
+        dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEG2000Lossless
+        dataset.PixelData = pydicom.encaps.encapsulate([buffer.getvalue()])
+        dataset["PixelData"].is_undefined_length = True
+        dataset.save_as(tmp_path / "j2k.dcm")
+        np.testing.assert_array_equal(grey(tmp_path / "j2k.dcm"), grey(tmp_path / "a.dcm"))
+
     def test_no_preamble_and_no_meta(self, tmp_path: Path) -> None:
         dataset = pydicom.dcmread(make_dicom(tmp_path / "a.dcm", ramp()))
         del dataset.file_meta
         dataset.preamble = None
         dataset.save_as(tmp_path / "bare.dcm", implicit_vr=True, little_endian=True)
         np.testing.assert_array_equal(grey(tmp_path / "bare.dcm"), ramp())
+        (tmp_path / "bare.dcm").rename(tmp_path / "no_extension")
+        np.testing.assert_array_equal(grey(tmp_path / "no_extension"), ramp())
+        whole = make_dicom(tmp_path / "b.dcm", ramp()).read_bytes()
+        (tmp_path / "no_preamble").write_bytes(whole[132:])
+        np.testing.assert_array_equal(grey(tmp_path / "no_preamble"), ramp())
+
+    def test_pydicom_says_nothing_of_a_file_that_is_cut_short(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Our one line is enough; what pydicom tells others is not kept from them."""
+        file = make_dicom(tmp_path / "a.dcm", ramp())
+        dataset = pydicom.dcmread(file)
+        dataset.compress(pydicom.uid.RLELossless)
+        dataset.save_as(file)
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-40])
+        with pytest.raises(InputError, match=r"a\.dcm: broken or .* it ends too early"):
+            load_image(file, 16)
+        assert not caplog.messages
+        logger = logging.getLogger("pydicom")
+
+        def elsewhere() -> None:
+            logger.warning("of another thread")
+
+        def decode(*_: object) -> np.ndarray:
+            logger.warning("of this thread")
+            thread = threading.Thread(target=elsewhere)
+            thread.start()
+            thread.join()
+            raise ValueError("broken")
+
+        file.write_bytes(whole)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError):
+            patch.setattr(dicom, "_pixels", decode)
+            load_image(file, 16)
+        logger.warning("afterwards")
+        assert caplog.messages == ["of another thread", "afterwards"]
 
     def test_content_counts_not_the_name(self, tmp_path: Path) -> None:
         make_dicom(tmp_path / "a.dcm", ramp()).rename(tmp_path / "no_extension")
@@ -319,14 +373,19 @@ class TestDicom:
             load_image(file, 32)
         assert "bad.dcm" in str(caught.value) and "\n" not in str(caught.value)
 
-    def test_encoding_without_a_decoder_names_what_to_install(self, tmp_path: Path) -> None:
-        dataset = pydicom.dcmread(make_dicom(tmp_path / "a.dcm", ramp()))
-        dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLosslessSV1
+    @pytest.mark.parametrize("name", ["JPEGLosslessSV1", "JPEGLSLossless", "JPEGExtended12Bit"])
+    def test_encoding_without_a_decoder_names_what_to_install(
+        self, name: str, tmp_path: Path
+    ) -> None:
+        syntax = getattr(pydicom.uid, name)
+        pixels = ramp().astype(np.uint16)
+        dataset = pydicom.dcmread(make_dicom(tmp_path / "a.dcm", pixels, BitsStored=12, HighBit=11))
+        dataset.file_meta.TransferSyntaxUID = syntax
         dataset.PixelData = pydicom.encaps.encapsulate([b"\0" * 64])
         dataset["PixelData"].is_undefined_length = True
         dataset.save_as(tmp_path / "lossless.dcm")
-        if pydicom.pixels.get_decoder(pydicom.uid.JPEGLosslessSV1).is_available:
-            pytest.skip("a JPEG Lossless decoder is installed")
+        if importlib.util.find_spec("pylibjpeg") or importlib.util.find_spec("gdcm"):
+            pytest.skip("a decoder for it is installed")
         with pytest.raises(InputError, match="pylibjpeg"):
             load_image(tmp_path / "lossless.dcm", 32)
 

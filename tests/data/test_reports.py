@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import string
 import tarfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -29,6 +30,14 @@ OPENI = Path(__file__).parents[2] / "../shared/data/openi/NLMCXR_reports.tgz"
 def test_r2gen_to_the_letter(raw: str, iu_xray: str, mimic_cxr: str) -> None:
     assert clean_report(raw, "iu_xray") == iu_xray.replace("clear.\n", "clear\n")
     assert clean_report(raw, "mimic_cxr") == mimic_cxr
+
+
+def test_r2gen_deletes_these_signs_and_no_others() -> None:
+    """Its character set has ":-[" in it: all that lies between, which are "; < = > ? @" too."""
+    for sign in string.punctuation:
+        kept = sign in "#$-`|~"
+        for style in ("iu_xray", "mimic_cxr"):
+            assert clean_report(f"a{sign}b", style) == f"a{sign if kept else ''}b .", (style, sign)
 
 
 def test_r2gen_squeezes_so_often_and_no_more() -> None:
@@ -133,6 +142,15 @@ class TestSections:
         for heading in ("FINDINGS", "PA AND LATERAL CHEST VIEWS", "PORTABLE AP CHEST", "HALLAZGOS"):
             assert parse_sections(f"{heading}: Clear.") == {"findings": "Clear."}
         assert parse_sections("ACCESSION NUMBER: 7")["accession number"] == "7"
+
+    def test_a_heading_may_have_a_line_of_its_own(self) -> None:
+        text = "COMPARISON\r\nNone.\r\n\r\nFINDINGS\r\nClear. No\r\nimpression of a mass.\r\n" \
+               "Impression \r\nNormal.\r\n"  # fmt: skip
+        assert parse_sections(text) == {
+            "comparison": "None.",
+            "findings": "Clear. No impression of a mass.",
+            "impression": "Normal.",
+        }
 
     def test_the_last_findings_with_text_count(self) -> None:
         text = "FINDINGS: Old.\nTECHNIQUE: a\nFINDINGS: New.\nTECHNIQUE: b\nFINDINGS: ___\n"

@@ -9,6 +9,7 @@ import json
 import tarfile
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,8 @@ def make_openi(folder: Path) -> Path:
     archive = folder / "reports.tgz"
     reports = {
         "1": openi_xml("CXR1", ["CXR1_1_IM-0001-3001", "CXR1_1_IM-0001-4001"], "One.", "Fine."),
-        "2": openi_xml("CXR2", ["CXR2_IM-0652-1001"], "Two.", "Fine."),
         "10": openi_xml("CXR10", ["CXR10_IM-0002-1001", "CXR10_IM-0002-2001"], "", "Ten."),
+        "2": openi_xml("CXR2", ["CXR2_IM-0652-1001"], "Two.", "Fine."),
     }
     with tarfile.open(archive, "w:gz") as file:
         for name, content in reports.items():
@@ -145,6 +146,7 @@ def test_openi_sections_and_projections(tmp_path: Path) -> None:
         )  # fmt: skip
         got[section] = {k: r["report"] for k, r in records.items()}
     one, two, ten = "CXR1_1_IM-0001", "CXR2_IM-0652", "CXR10_IM-0002"
+    assert [study.id for study in openi.studies(reports)] == [one, two, ten]
     assert got == {
         "findings": {one: "One.", two: "Two."},
         "impression": {one: "Fine.", two: "Fine.", ten: "Ten."},
@@ -224,7 +226,7 @@ def make_mimic(root: Path, reports_as: str = "folder") -> Path:
         metadata.append(
             {"dicom_id": image, "subject_id": patient, "study_id": study, "ViewPosition": view,
              "PerformedProcedureStepDescription": "CHEST (PA AND LAT)",
-             "StudyDate": "21800506" if study.endswith("7") else "21800507",
+             "StudyDate": "21800507" if study.endswith("7") else "21800506",
              "StudyTime": "213014.531"}
         )  # fmt: skip
         name = f"p{patient[:2]}/p{patient}/s{study}"
@@ -270,7 +272,7 @@ def test_mimic(reports_as: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert first["report"] == "Lungs of 50414267 are clear."
     assert first["labels"] == {"Edema": 1, "Fracture": -1, "Pneumonia": 0, "Atelectasis": None}
     assert [r["split"] for r in records.values()] == ["train", "train", "test"]
-    assert [r["earlier_studies"] for r in records.values()] == [0, 1, 0]
+    assert [r["earlier_studies"] for r in records.values()] == [1, 0, 0]
     assert "labels" not in records["s50414268"]
     loaded = read_annotation(tmp_path / "a.json", root)
     assert loaded["train"][0].labels == first["labels"]
@@ -299,7 +301,7 @@ def test_mimic_missing_parts_are_named(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(InputError, match="not one of the images"):
         run(*arguments, "--images", tmp_path / "elsewhere")
-    with pytest.raises(InputError, match=r"mimic-cxr-2\*-negbio"):
+    with pytest.raises(InputError, match=r"mimic-cxr-2\*-negbio.*--labels none goes without"):
         run(*arguments, "--labels", "negbio")
     with pytest.raises(InputError, match="none: no such file or folder"):
         run(*arguments, "--reports", tmp_path / "none")
@@ -356,6 +358,10 @@ def test_chexpert_plus(tmp_path: Path) -> None:
     assert Counter(next(iter(held)) for held in splits.values()) == {
         "train": 7, "val": 1, "test": 2
     }  # fmt: skip
+    each = run("chexpert_plus", "--table", table, "--output", tmp_path / "c.json",
+               "--views", "each")  # fmt: skip
+    assert len(each) == 20  # images of all studies have the same two names
+    assert each["patient00003_study1_view2_lateral"]["view"] == ["LATERAL"]
     kept = run("chexpert_plus", "--table", table, "--output", tmp_path / "b.json",
                "--split-by", "source")  # fmt: skip
     assert len(kept) == 10 and {r["split"] for r in kept.values()} == {"train"}
@@ -382,7 +388,7 @@ def test_padchest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         row("c", "2", "AP_horizontal", [" cardiomegaly", "pleural effusion", "goiter"]),
         row("d", "3", "EXCLUDE", ["normal"]),
         row("e", "4", "PA", ["exclude"]),
-        row("f", "5", "PA", [], Labels=""),
+        row("f", "5", "COSTAL", [], Labels=""),
     ]
     table = write_csv(tmp_path / "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz", rows)
     for name in "abcdef":
@@ -397,6 +403,7 @@ def test_padchest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert records["1"]["image_path"] == ["0/a.png", "0/b.png"]
     assert records["1"]["view"] == ["PA", "LATERAL"]
     assert (records["1"]["age"], records["1"]["sex"], records["1"]["language"]) == (84, "F", "es")
+    assert records["5"]["image_path"] == ["0/f.png"] and "view" not in records["5"]
     assert records["2"]["report"] == "cardiomegalia . derrame ."
     positive = [name for name, value in records["2"]["labels"].items() if value == 1]
     assert positive == ["Cardiomegaly", "Pleural Effusion"]
@@ -474,10 +481,41 @@ def test_table_rows_of_one_id_are_one_study(tmp_path: Path) -> None:
     assert (records["s1"]["report"], records["s1"]["image_path"]) == ("Normal.", ["2.dcm"])
     with open(tmp_path / "d.csv") as file:
         assert [tuple(row) for row in csv.reader(file)] == [
-            ("id", "reason"),
-            ("row 5", "no id"),
-            ("s2", "rows of the same id have different texts"),
+            ("id", "reason", "detail"),
+            ("row 5", "no id", ""),
+            ("s2", "rows of the same id have different texts", ""),
         ]
+
+
+def test_table_views_in_columns_of_their_own(tmp_path: Path) -> None:
+    rows = [{"front": "a.png", "side": "b.png", "text": "Clear."},
+            {"front": "c.png", "side": "", "text": "Clear."}]  # fmt: skip
+    table = write_csv(tmp_path / "t.csv", rows)
+    arguments = ("tabular", table, "--output", tmp_path / "a.json", "--image-column")
+    records = run(*arguments, "front,side")
+    assert records["row1"]["image_path"] == ["a.png", "b.png"]
+    assert records["row2"]["image_path"] == ["c.png"]
+    assert not {"front", "side"} & {*records["row1"], *records["row2"]}
+    with pytest.raises(InputError, match="--image-column back: .*has no such column"):
+        run(*arguments, "front,back")
+
+
+def test_table_sections_in_columns_or_in_the_text(tmp_path: Path) -> None:
+    rows = [{"image": "a.png", "Findings": "Clear.", "Impression": "Normal."},
+            {"image": "b.png", "Findings": "", "Impression": "Only this."}]  # fmt: skip
+    columns = write_csv(tmp_path / "columns.csv", rows)
+    rows = [{"image": "a.png", "text": "FINDINGS: Clear. IMPRESSION: Normal."},
+            {"image": "b.png", "text": "IMPRESSION: Only this."}]  # fmt: skip
+    texts = write_csv(tmp_path / "texts.csv", rows)
+    expected = {
+        "findings": ["Clear."], "impression": ["Normal.", "Only this."],
+        "both": ["Clear. Normal."], "either": ["Clear.", "Only this."],
+    }  # fmt: skip
+    for section, reports in expected.items():
+        for table in (columns, texts):
+            records = run("tabular", table, "--output", tmp_path / "a", "--section", section)
+            got = [records[name]["report"] for name in sorted(records)]
+            assert got == reports, (section, table.name)
 
 
 def test_table_columns_by_name_and_without_ids(tmp_path: Path) -> None:
@@ -494,6 +532,39 @@ def test_table_columns_by_name_and_without_ids(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        ("sep=;\r\nimage;text\r\na\\b.png;Fine, clear.\r\n", "excel.csv"),
+        ('image,text,\na/b.png,"Fine, clear.",\n', "commas.csv"),
+        ('image,text\na\\b.png,"Fine, clear.",,\n', "trailing.csv"),
+        ('[{"image": "a\\\\b.png", "text": "Fine, clear.", "age": NaN, "Edema": NaN},'
+         ' {"image": "a/b.png", "text": NaN}]', "pandas.json"),
+        ('{"image": "a/b.png", "text": "Fine, clear.", "age": NaN, "Edema": NaN}', "pandas.jsonl"),
+    ],
+)  # fmt: skip
+def test_tables_as_programs_write_them(content: str, name: str, tmp_path: Path) -> None:
+    """Excel's first line, Windows paths, commas at the end of a line, and NaN for nothing."""
+    (tmp_path / name).write_bytes(content.encode())
+    picture(tmp_path / "a/b.png")
+    records = run(
+        "tabular", tmp_path / name, "--images", tmp_path, "--output", tmp_path / "out.json"
+    )
+    assert list(records) == ["row1"]
+    assert (records["row1"]["report"], records["row1"]["image_path"]) == (
+        "Fine, clear.", ["a/b.png"]
+    )  # fmt: skip
+    assert "age" not in records["row1"]
+    assert records["row1"].get("labels") in (None, {"Edema": None})
+
+
+def test_nothing_is_no_id(tmp_path: Path) -> None:
+    file = tmp_path / "t.json"
+    file.write_text('[{"id": null, "image": "a.png", "text": "x"}, {"id": NaN, "image": "b.png", '
+                    '"text": "y"}, {"id": 7, "image": "c.png", "text": "z"}]')  # fmt: skip
+    assert list(run("tabular", file, "--output", tmp_path / "a.json")) == ["7"]
+
+
+@pytest.mark.parametrize(
     ("content", "name", "says"),
     [
         ("", "t.csv", "no rows"),
@@ -504,6 +575,10 @@ def test_table_columns_by_name_and_without_ids(tmp_path: Path) -> None:
         ("[1, 2]", "t.json", "list of objects"),
         ("image,text,Edema\na.png,x,maybe\n", "t.csv", r"t\.csv: row1: label 'Edema': 'maybe'"),
         (b"\xff\xfe\xff", "t.csv", "UTF-8"),
+        ('image,text\na.png,fine\nb.png,"open\nc.png,lost\n', "t.csv", "line 3: a quotation mark"),
+        ('image,"text\na.png,fine\n', "t.csv", "line 1: a quotation mark"),
+        ('image,text\na.png,fine,"open\n', "t.csv", "line 2: a quotation mark"),
+        ("image,text\na.png,fine\n", "t.csv", "1: image files not found, the first: .*a.png"),
         (b"not gzip", "t.csv.gz", "cannot be read"),
     ],
 )
@@ -563,6 +638,21 @@ def test_the_sample_passes_through_unchanged(tmp_path: Path) -> None:
             assert got["report"] == entry["report"] and got["image_path"] == entry["image_path"]
 
 
+def test_a_record_of_its_own_for_each_view_loses_none() -> None:
+    def ids(*studies: tuple[str, list[str]]) -> list[str]:
+        made = [SourceStudy(n, {"full": "Clear."}, tuple(map(View, paths))) for n, paths in studies]
+        prepared = prepare(made, section="full", views="each")
+        assert not prepared.dropped
+        return [entry["id"] for entry in prepared.entries]
+
+    assert ids(("s1", ["a.png", "b.png"]), ("s2", ["c.png"])) == ["a", "b", "c"]
+    assert ids(("s1", ["x/0.png", "x/1.png"]), ("s2", ["y/2.png"])) == ["s1_0", "s1_1", "s2_2"]
+    assert ids(("s1", ["x/pa.png"]), ("s2", ["y/pa.png", "y/s2_z.png"])) == [
+        "s1_pa", "s2_pa", "s2_z"
+    ]  # fmt: skip
+    assert ids(("s1", ["pa/i.png", "lat/i.png"]), ("s2", ["j.png"])) == ["s1_0", "s1_1", "j"]
+
+
 def test_splits_meet_their_shares_and_divide_no_group() -> None:
     rng = np.random.default_rng(0)
     groups = [f"p{k}" for k in rng.integers(0, 300, 2000)]
@@ -580,6 +670,39 @@ def test_splits_meet_their_shares_and_divide_no_group() -> None:
     shuffled = groups[::-1]
     assert split_by_group(shuffled, (0.7, 0.1, 0.2), seed=0) == [by_name[g] for g in shuffled]
     assert set(split_by_group(groups, (1, 0, 0), seed=0)) == {"train"}
+
+
+@pytest.mark.parametrize(
+    ("count", "fractions", "expected"),
+    [
+        (1, (0.7, 0.1, 0.2), (1, 0, 0)),
+        (2, (0.7, 0.1, 0.2), (1, 0, 1)),
+        (3, (0.7, 0.1, 0.2), (1, 1, 1)),
+        (4, (0.7, 0.1, 0.2), (2, 1, 1)),
+        (3, (0.8, 0, 0.2), (2, 0, 1)),
+        (2, (0.1, 0.1, 0.8), (1, 0, 1)),
+        (30, (0.7, 0.1, 0.2), (21, 3, 6)),
+    ],
+)
+def test_few_groups_leave_no_split_empty_that_training_needs(
+    count: int, fractions: tuple[float, ...], expected: tuple[int, ...]
+) -> None:
+    for seed in range(5):
+        splits = Counter(split_by_group([f"p{k}" for k in range(count)], fractions, seed))
+        assert tuple(splits[s] for s in ("train", "val", "test")) == expected
+
+
+def test_a_split_that_is_empty_is_told() -> None:
+    made = [SourceStudy(f"s{k}", {"full": "Clear."}, (View("a.png"),)) for k in range(2)]
+    prepared = prepare(made, section="full")
+    [note] = [line for line in prepared.summary().splitlines() if line.startswith("note")]
+    assert "no val records, so training will keep its last weights" in note
+    assert "--split-by patient" in note and "(train 1, val 0, test 1)" in prepared.summary()
+    whole = prepare([replace(s, id=f"{s.id}{k}") for s in made for k in "ab"], section="full")
+    assert "note" not in whole.summary()
+    of_source = prepare([replace(s, split="val") for s in made], section="full", split_by="source")
+    notes = [line for line in of_source.summary().splitlines() if line.startswith("note")]
+    assert ["no train" in notes[0], "no test" in notes[1], len(notes)] == [True, True, 2]
 
 
 def test_choose_section() -> None:

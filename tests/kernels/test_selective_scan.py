@@ -909,7 +909,7 @@ def test_ddp_and_fsdp2(tmp_path: Path) -> None:
             "A is torch.complex64; complex",
         ),
         ({"A": torch.randn(5, 257)}, ValueError, "expected 1 <= N <= 256"),
-        ({"A": torch.randn(6, 4)}, ValueError, r"A has shape \(6, 4\), expected \(5, 4\)"),
+        ({"A": torch.randn(6, 4)}, ValueError, r"\(6, 4\), expected \(D, N\) = \(5, 4\)"),
         ({"u": torch.randn(7, 5)}, ValueError, r"u has shape \(7, 5\), expected \(B, L, D\)"),
         ({"delta": torch.randn(2, 6, 5)}, ValueError, r"delta has shape \(2, 6, 5\)"),
         ({"B": torch.randn(2, 7, 3)}, ValueError, r"B has shape \(2, 7, 3\), expected .* or"),
@@ -927,6 +927,42 @@ def test_refusals_say_what_is_wrong(
 ) -> None:
     with pytest.raises(error, match=message):
         selective_scan(**{**make(2, 7, 5, 4), **changed})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"u": torch.randn(7, 5)}, "u has shape (7, 5), expected (B, D, L), and A (5, 4), exp"),
+        ({"u": torch.randn(2, 7, 5)}, "u has shape (2, 7, 5) = (B, D, L) and A (5, 4) = (D, N)"),
+        ({"delta": torch.randn(2, 7, 5)}, "delta has shape (2, 7, 5), expected (B, D, L) = (2, 5"),
+        ({"B": torch.randn(2, 7, 4)}, "expected (B, N, L) = (2, 4, 7) or (D, N) = (5, 4) or (B, G"),
+        ({"C": torch.randn(2, 3, 4, 7)}, "C has 3 groups for 5 channels"),
+        ({"D": torch.randn(4)}, "D has shape (4,), expected (D,) = (5,)"),
+        ({"z": torch.randn(2, 7, 5)}, "z has shape (2, 7, 5), expected (B, D, L) = (2, 5, 7)"),
+        ({"z": torch.randn(2, 5, 7, device="meta")}, "z is on meta, u on cpu"),
+    ],
+)
+def test_channels_first_is_refused_in_its_own_words(changed: dict[str, Any], message: str) -> None:
+    made = make(2, 7, 5, 4, without=["initial_state"])
+    first = {n: x.mT if n in ("u", "delta", "B", "C", "z") else x for n, x in made.items()}
+    inputs = {**first, **changed}
+    with pytest.raises(ValueError) as error:
+        selective_scan_fn(**inputs)
+    assert str(error.value).startswith("selective_scan_fn: ") and message in str(error.value)
+
+
+def test_a_step_is_refused_in_its_own_words() -> None:
+    inputs = make(2, 1, 6, 4, groups=2, without=["initial_state"])
+    step = {n: x if n in ("A", "D", "delta_bias") else x[:, 0] for n, x in inputs.items()}
+    for changed, message in (
+        ({"state": torch.zeros(2, 4, 6)}, "state has shape (2, 4, 6), expected (B, D, N) = (2, 6"),
+        ({"B": torch.randn(2, 2, 5)}, "expected (B, N) = (2, 4) or (B, G, N) = (2, 2, 4), because"),
+        ({"B": torch.randn(6, 4)}, "B has shape (6, 4), expected (B, N) = (2, 4)"),
+    ):
+        with pytest.raises(ValueError) as error:
+            selective_state_update(**{"state": torch.zeros(2, 6, 4), **step, **changed})
+        assert str(error.value).startswith("selective_state_update: "), error.value
+        assert message in str(error.value)
 
 
 def test_groups_that_differ_are_refused() -> None:

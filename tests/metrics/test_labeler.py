@@ -63,6 +63,8 @@ def mentioned(text: str) -> dict[str, int]:
         ("Apical pleural thickening.", {"Pleural Other": 1}),
         ("Healed rib fractures.", {"Fracture": 1}),
         ("Left-sided pacemaker.", {"Support Devices": 1}),
+        ("Tube tip above the carina.", {"Support Devices": 1}),
+        ("The line tip is in the superior vena cava.", {"Support Devices": 1}),
         # denial in front, over a list, and its end
         ("No pneumothorax.", {"Pneumothorax": 0}),
         (
@@ -106,7 +108,33 @@ def mentioned(text: str) -> dict[str, int]:
         ("In the appropriate clinical setting, this is compatible with pneumonia.",
          {"Pneumonia": -1}),
         ("Could be atelectasis without consolidation.", {"Atelectasis": -1, "Consolidation": 0}),
+        ("Pneumonia is unlikely.", {"Pneumonia": -1}),
+        ("Atelectasis, less likely pneumonia.", {"Atelectasis": 1, "Pneumonia": -1}),
+        ("Doubt effusion.", {"Pleural Effusion": -1}),
+        ("Low suspicion for pneumothorax.", {"Pneumothorax": -1}),
+        ("R/o pneumonia.", {"Pneumonia": -1}),
+        ("Correlate clinically for pneumonia.", {"Pneumonia": -1}),
+        ("Opacity at the base could be due to atelectasis.",
+         {"Lung Opacity": 1, "Atelectasis": -1}),
+        ("Effusion may be present.", {"Pleural Effusion": -1}),
+        ("Overlapping tissue rather than pneumonia.", {"Pneumonia": 0}),
+        ("No opacity concerning for pneumonia.", {"Lung Opacity": 0, "Pneumonia": 0}),
+        ("No effusion; opacity concerning for pneumonia.",
+         {"Pleural Effusion": 0, "Lung Opacity": 1, "Pneumonia": -1}),
+        ("The mediastinum is not widened.", {"Enlarged Cardiomediastinum": 0}),
+        # denials that deny a change, not the finding, and denials of denials
+        ("Pneumonia has not resolved.", {"Pneumonia": 1}),
+        ("The pneumothorax is not larger.", {"Pneumothorax": 1}),
+        ("Edema has not significantly improved.", {"Edema": 1}),
+        ("No improvement in edema.", {"Edema": 1}),
+        ("No interval increase in the effusion.", {"Pleural Effusion": 1}),
+        ("Near-complete resolution of the pneumothorax.", {"Pneumothorax": 1}),
+        ("Not without effusion.", {"Pleural Effusion": 1}),
+        ("Non-displaced rib fracture.", {"Fracture": 1}),
+        ("No non-calcified nodules.", {"Lung Lesion": 0}),
         # words that look like something else
+        ("History of right lung cancer.", {}),
+        ("Family history of heart failure, no edema.", {"Edema": 0}),
         ("Pericardial effusion.", {}),
         ("No change in the left effusion.", {"Pleural Effusion": 1}),
         ("Findings consistent with emphysema.", {}),  # no stent in it
@@ -170,6 +198,15 @@ def test_mentions_stand_where_they_say() -> None:
         ("Lingular opacity.", ["left"]),
         ("Middle lobe consolidation.", ["right"]),
         ("Pneumothorax.", [None]),
+        ("Small effusions, left greater than right.", ["both"]),
+        ("Effusion on the right larger than on the left.", ["both"]),
+        ("Cardiomegaly, small bilateral effusions.", [None, "both"]),
+        ("Opacities in the right upper and left lower lobes.", ["both"]),
+        ("Opacity in the right base and left lower lobe atelectasis.", ["right", "left"]),
+        ("Small right and moderate left effusions.", ["both"]),
+        ("Edema; small right and trace left effusions.", [None, "both"]),
+        ("Effusion on the right and small left pneumothorax.", ["right", "left"]),
+        ("RLL pneumonia, LUL nodule, rt effusion.", ["right", "left", "right"]),
         ("Left ventricular prominence with edema.", [None]),
     ],
 )
@@ -188,6 +225,10 @@ def test_sides(text: str, sides: list[str | None]) -> None:
         ("Edema has improved.", True),
         ("Again seen is a nodule.", True),
         ("No longer seen is the effusion.", True),
+        ("The pneumothorax is not larger.", True),
+        ("Left effusion is new.", True),
+        ("No improvement in edema.", True),
+        ("Near complete resolution of the effusion.", True),
         ("Small left effusion.", False),
         ("No prior studies available for comparison.", False),
         ("Comparison with prior films would be helpful.", False),
@@ -279,6 +320,7 @@ def test_comparisons_stand_where_there_was_an_earlier_study() -> None:
                 none = earlier.startswith("none") or "no prior" in earlier
                 compared[not none].append(bool(find_comparisons(text)))
     rates = {key: sum(values) / len(values) for key, values in compared.items()}
+    print({key: (len(values), f"{rates[key]:.1%}") for key, values in compared.items()})
     assert len(compared[False]) > 1500
     assert rates[False] < 0.02 and rates[True] > 0.4, rates
 

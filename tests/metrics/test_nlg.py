@@ -196,6 +196,13 @@ def test_the_constant_baseline_is_chosen_on_training_reports() -> None:
         assert one["intervals"]["BLEU_1"][0] <= one["BLEU_1"]
 
 
+def test_a_report_that_came_once_may_be_the_best_constant() -> None:
+    outliers = [f"view {chr(97 + i)} of another part of the body" for i in range(10)]
+    alike = [f"the heart is normal in size . lungs are clear . number {i} ." for i in range(40)]
+    best, frequent = constant_reports(outliers * 2 + alike)
+    assert best in alike and frequent == outliers[0]
+
+
 def test_the_nearest_neighbour_baseline() -> None:
     neighbours = write(7, 40)
     found = off(HYPOTHESES, REFERENCES, neighbour_reports=neighbours)
