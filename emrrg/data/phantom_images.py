@@ -42,7 +42,7 @@ def edge(distance: Array, width: float) -> Array:
     """0 to 1 as `distance` goes from -width/2 to width/2."""
     out = distance * np.float32(1 / width)
     out += np.float32(0.5)
-    return np.clip(out, 0, 1, out=out)
+    return out.clip(0, 1, out=out)
 
 
 def line(distance: Array, width: float) -> Array:
@@ -138,6 +138,19 @@ def smooth_noise(rng: np.random.Generator, coarse: int, size: int) -> Array:
     return stretch @ rng.standard_normal((coarse, coarse), dtype=np.float32) @ stretch.T
 
 
+@lru_cache(maxsize=64)
+def gaussian(width: float, reach: float) -> NDArray[np.float64]:
+    """A Gaussian's weights, as `scipy.ndimage.gaussian_filter` has them, up to reach widths."""
+    radius = int(reach * width + 0.5)
+    weights = np.exp(-0.5 / width**2 * np.arange(-radius, radius + 1) ** 2)
+    return weights / weights.sum()
+
+
+def blurred(x: Array, axis: int, width: float, reach: float) -> Array:
+    """Blur along an axis. `scipy.ndimage.gaussian_filter` makes its weights anew each time."""
+    return ndimage.correlate1d(x, gaussian(width, reach), axis, mode="nearest")
+
+
 class View:
     """Body coordinates of every pixel under one turn, shift and zoom.
 
@@ -185,12 +198,12 @@ class View:
 
     def blobs(self, blobs: Sequence[tuple[float, float, float, float, float]]) -> Array:
         """(S, S) sum of upright Gaussians, each (x, y, half width, half height, strength)."""
-        x, y, wide, high, strength = np.array(blobs).T
-        u, v = self.to_image(x, y)
+        table = np.array(blobs).T[..., None]
+        table[:2] = self.to_image(*table[:2])
+        u, v, wide, high, strength = table.astype(np.float32)
         pixels = pixel_centres(self.size)
-        columns = (pixels - u[:, None].astype(np.float32)) / wide[:, None].astype(np.float32)
-        rows = (pixels - v[:, None].astype(np.float32)) / high[:, None].astype(np.float32)
-        rows = np.exp(-rows * rows) * strength[:, None].astype(np.float32)
+        columns, rows = (pixels - u) / wide, (pixels - v) / high
+        rows = np.exp(-rows * rows) * strength
         return np.ascontiguousarray(rows.T) @ np.exp(-columns * columns)
 
 
@@ -605,8 +618,7 @@ class Picture:
         span += np.float32(1e-4)
         turns, rings = 150, 14
         fan = rng.standard_normal((2, turns, rings), dtype=np.float32)
-        fan = ndimage.gaussian_filter1d(fan, 0.9, axis=1, mode="nearest")
-        fan = ndimage.gaussian_filter1d(fan, 1.6, axis=2, mode="nearest")
+        fan = blurred(blurred(fan, 1, 0.9, 4), 2, 1.6, 4)
         fan = np.maximum(fan / fan.std() - np.float32(0.3), 0).ravel()
         dy /= span
         dy += 1
@@ -703,14 +715,15 @@ def surrounding_box(mark: Array, area: Window, size: int) -> Box | None:
     if not mark.size or not (peak := float(mark.max())) > 0:
         return None
     strong = mark > peak * 0.25
-    rows, columns = np.flatnonzero(strong.any(1)), np.flatnonzero(strong.any(0))
-    top, left = (s.start or 0 for s in area)
-    return (
-        float(left + columns[0]) / size,
-        float(top + rows[0]) / size,
-        float(left + columns[-1] + 1) / size,
-        float(top + rows[-1] + 1) / size,
-    )
+    top, bottom = _reach(np.atleast_1d(strong.any(1)), area[0])
+    left, right = _reach(np.atleast_1d(strong.any(0)), area[1])
+    return float(left) / size, float(top) / size, float(right) / size, float(bottom) / size
+
+
+def _reach(there: NDArray[np.bool_], window: slice) -> tuple[int, int]:
+    """The first pixel of a line of a window, and the one behind the last."""
+    first = window.start or 0
+    return first + int(there.argmax()), first + len(there) - int(there[::-1].argmax())
 
 
 _LETTERS = {
@@ -750,7 +763,7 @@ def develop(
     borders = anatomy.uniform(0.0, 0.045, 4)
     noise = grain.standard_normal((size, size), dtype=np.float32)
     blur, roughness = (0.5, 0.012) if domain == "source" else (0.9, 0.020)
-    grey = ndimage.gaussian_filter(out, blur * size / 224, truncate=3, mode="nearest")
+    grey = blurred(blurred(out, 0, blur * size / 224, 3), 1, blur * size / 224, 3)
     noise *= np.float32(roughness * min(1.0, size / 224) ** 0.5)  # a smaller image averages more
     grey += noise
     if domain == "source":
