@@ -50,6 +50,9 @@ from emrrg.system import pick_device
 
 log = logging.getLogger("emrrg.evaluate")
 
+NEIGHBOURS_AMONG = 20_000
+"""Training studies, at most, that are read for a baseline that was not asked for."""
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -87,8 +90,9 @@ class EvaluateConfig:
     """METEOR needs Java: where there is (auto), or not (off)."""
     bootstrap: int = 1000
     """Resamples for the intervals; 0 for none."""
-    neighbours: bool = False
-    """Also score the report of the training image nearest to each study, as a baseline."""
+    neighbours: bool | None = None
+    """Also score the report of the training image nearest to each study, as a baseline [default:
+    where at most 20,000 training studies must be read for it]."""
     by: tuple[str, ...] = ()
     """Break scores down by these columns of the annotation (view, sex, age, ...)."""
     labels: str | None = None
@@ -244,7 +248,7 @@ def scoring_of(
     if asked.labels is not None:
         known = file_labels(Path(asked.labels), studies), f"file {asked.labels}"
     neighbours = None
-    if asked.neighbours:
+    if wants_neighbours(asked, model, training):
         neighbours = nearest_reports(model, studies, training, config, device)
     return Scoring(
         tokenization=asked.tokenization,
@@ -259,6 +263,19 @@ def scoring_of(
     )
 
 
+def wants_neighbours(asked: EvaluateConfig, model: ReportGenerator, training: Studies) -> bool:
+    """Whether to look for the nearest training image of each study."""
+    if asked.neighbours is not None:
+        return asked.neighbours
+    if len(training) > NEIGHBOURS_AMONG:
+        log.info(
+            "the nearest-neighbour baseline would read %d training studies: it is left out, "
+            "--neighbours asks for it", len(training),
+        )  # fmt: skip
+        return False
+    return not model.config.blind
+
+
 def page(
     asked: EvaluateConfig, model: ReportGenerator, result: Evaluation, studies: Studies
 ) -> None:
@@ -269,7 +286,10 @@ def page(
         Path(asked.html),
         result,
         studies,
-        title=f"{Path(asked.run).resolve().name}, {asked.split}",
+        title=", ".join(
+            [Path(asked.run).resolve().name, asked.split]
+            + ([Path(asked.annotation).name] if asked.annotation else [])
+        ),
         columns=asked.by,
         count=asked.html_studies,
         maps=maps,

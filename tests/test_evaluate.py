@@ -22,7 +22,7 @@ from emrrg.data.loading import load_studies
 from emrrg.data.records import Record
 from emrrg.decoder import DecoderConfig
 from emrrg.errors import InputError
-from emrrg.evaluate import main
+from emrrg.evaluate import EvaluateConfig, main, wants_neighbours
 from emrrg.metrics import score_reports
 from emrrg.metrics.clinical import (
     OBSERVATIONS,
@@ -161,7 +161,7 @@ def test_scores_are_those_of_the_metrics(evaluate: Any, tmp_path: Path) -> None:
     )
     for name in ("BLEU_1", "BLEU_4", "ROUGE_L", "CIDEr", "METEOR", "intervals", "notes"):
         assert got[name] == plain(language[name])
-    assert set(got["baselines"]) == {"constant", "most_frequent"}
+    assert set(got["baselines"]) == {"constant", "most_frequent", "nearest_neighbour"}
     priors = [False, True, False, None]
     comparisons = score_comparisons(HYPOTHESES, REFERENCES, has_prior=priors, **drawn)
     assert got["comparisons"] == plain(comparisons)
@@ -214,13 +214,20 @@ def test_a_column_of_too_many_values_is_refused_before_any_work() -> None:
         scoring.study_columns(studies, ("ward",))
 
 
-def test_nearest_neighbours(evaluate: Any, folder: Path) -> None:
-    got = evaluate("--neighbours")["baselines"]["nearest_neighbour"]
+def test_nearest_neighbours(
+    evaluate: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    got = evaluate()["baselines"]["nearest_neighbour"]
     near = list(TRAIN.values())[::-1]
     expected = score_reports(near, REFERENCES, meteor="off")
     assert got["BLEU_1"] == pytest.approx(expected["BLEU_1"])
     clinical = score_labels(rules(near), list(LABELS.values()))
     assert got["clinical"]["all"] == clinical["all"]
+    assert "nearest_neighbour" not in evaluate("--no-neighbours")["baselines"]
+    monkeypatch.setattr("emrrg.evaluate.NEIGHBOURS_AMONG", 3)
+    assert "nearest_neighbour" not in evaluate()["baselines"]
+    assert "baseline would read 4 training studies: it is left out" in capsys.readouterr().out
+    assert evaluate("--neighbours")["baselines"]["nearest_neighbour"] == got
 
 
 def test_no_study_is_its_own_neighbour(folder: Path) -> None:
@@ -264,6 +271,7 @@ def test_a_blind_model_has_no_neighbours(folder: Path) -> None:
     studies = PhantomStudies("test", 2, domain="target", size=SIZE, seed=0)
     with pytest.raises(InputError, match="sees no image"):
         nearest_reports(model, studies, studies, TrainConfig(), torch.device("cpu"))
+    assert not wants_neighbours(EvaluateConfig(run="x"), model, studies)  # where nobody asks
 
 
 def write_labels(path: Path, names: list[str]) -> Path:
@@ -402,7 +410,9 @@ def test_no_evaluation_takes_the_place_of_another(
     assert set(found) == {"evaluation-test", "evaluation-test-other"}
     assert found["evaluation-test"]["pairs"] == 4 and found["evaluation-test-other"]["pairs"] == 2
     capsys.readouterr()
-    found = call("--annotation", tmp_path / "elsewhere" / "other.json", *other[2:])
+    page = tmp_path / "page.html"
+    found = call("--annotation", tmp_path / "elsewhere" / "other.json", *other[2:], "--html", page)
+    assert "<h1>run, test, other.json</h1>" in page.read_text(encoding="utf-8")
     assert "evaluation-test-other-2" in found and len(found) == 3
     out = capsys.readouterr().out
     assert "evaluation-test-other holds the scores of another evaluation (annotation " in out

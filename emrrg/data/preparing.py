@@ -250,7 +250,12 @@ class FileIndex:
         self.folder = folder
         self.by_stem: dict[str, list[str]] = defaultdict(list)
         """File name without folder and endings to the paths relative to the folder."""
+        visited: set[str] = set()
         for root, folders, files in os.walk(folder, followlinks=True):
+            if (real := os.path.realpath(root)) in visited:  # a link that leads back up
+                folders.clear()
+                continue
+            visited.add(real)
             folders.sort()
             prefix = Path(root).relative_to(folder)
             for name in sorted(files):

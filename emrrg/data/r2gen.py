@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from emrrg.errors import InputError
 KNOWN = {"id", "report", "image_path", "split", "labels"}
 PATIENT_FIELDS = ("patient", "patientid", "patient_id", "subject_id")
 TEXTS = ("findings", "impression", "indication", "comparison")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 SHOWN = 5  # bad records spelled out in an error message; the rest are counted
 
 
@@ -131,7 +133,7 @@ def studies(path: Path, images_dir: Path | None = None) -> Iterator[SourceStudy 
         attributes = dict(record.attributes)
         patient = next((attributes.pop(n) for n in PATIENT_FIELDS if attributes.get(n)), None)
         position = attributes.pop("view", [])
-        given = [position] if isinstance(position, str) else list(position)
+        given = position if isinstance(position, list) else [position]
         if len(given) != len(record.images):
             given = [""] * len(record.images)
         known = {str(p).upper(): str(p).upper() for p in POSITIONS} | {"L": "LATERAL"}
@@ -158,6 +160,15 @@ def missing_images(record: Record) -> list[Path]:
     return [path for path in record.images if not os.path.isfile(path)]
 
 
+def parse_json(text: str) -> Any:
+    """JSON as programs write it: NaN (pandas, for what is missing) is None, and half a character
+    (an escaped surrogate without its other half), which no file can hold, a question mark."""
+    content = json.loads(text, parse_constant=lambda _: None)
+    if _SURROGATE.search(text):
+        content = json.loads(json.dumps(content, ensure_ascii=False).encode("utf-8", "replace"))
+    return content
+
+
 def load_json(path: str | Path) -> Any:
     """Read a JSON file.
 
@@ -165,8 +176,7 @@ def load_json(path: str | Path) -> Any:
         InputError: it is missing, no UTF-8 text or no JSON (the message says at which line).
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        return json.loads(text, parse_constant=lambda _: None)  # NaN, where pandas wrote the file
+        return parse_json(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:

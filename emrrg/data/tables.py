@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from emrrg.data.r2gen import parse_json
 from emrrg.data.records import SPLITS
 from emrrg.errors import InputError
 from emrrg.metrics.clinical import OBSERVATIONS
@@ -126,6 +127,8 @@ def _delimited(
         columns = reader.fieldnames or []
         if columns == [_END]:
             return
+        if not columns:
+            raise InputError(f"{path}: line 1 is empty; it must name the columns")
         _check_closed(columns, path, 1)
         for name in needed:
             if name not in columns:
@@ -148,10 +151,6 @@ def _delimited(
         raise InputError(f"{path}: line {reader.line_num}: {error}") from None
 
 
-def _nothing(_constant: str) -> None:
-    """What NaN is read as: pandas writes it where there is nothing."""
-
-
 def _check_closed(fields: Iterable[Any], path: Path, line: int) -> None:
     if any(isinstance(field, str) and _END in field for field in fields):
         raise InputError(f"{path}: line {line}: a quotation mark opened there is never closed")
@@ -162,7 +161,7 @@ def _json_lines(file: IO[str], path: Path) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line, parse_constant=_nothing)
+            row = parse_json(line)
         except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"{path}: line {number}: not JSON: {error}") from None
         if not isinstance(row, dict):
@@ -172,7 +171,7 @@ def _json_lines(file: IO[str], path: Path) -> Iterator[dict[str, Any]]:
 
 def _json_list(file: IO[str], path: Path) -> Iterator[dict[str, Any]]:
     try:
-        rows = json.load(file, parse_constant=_nothing)
+        rows = parse_json(file.read())
     except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from None
     if isinstance(rows, dict) and rows and set(rows) <= set(SPLITS):

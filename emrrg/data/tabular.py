@@ -53,8 +53,8 @@ def studies(
 
     Args:
         table: the file.
-        columns: which column (for images also several, ``a,b``) is the ``image``, ``text``, ``id``, ``split``, ``patient``,
-            ``view``; those not named are guessed.
+        columns: which column is the ``image`` (also several, ``a,b``), ``text``, ``id``, ``split``,
+            ``patient``, ``view``; those not named are guessed.
         sections: divide the texts by their headings (`parse_sections`).
         texts: whether there must be a column of texts.
     Yields:

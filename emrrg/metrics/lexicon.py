@@ -20,7 +20,10 @@ _OUTLINE = r"(?:silhouettes?|shadow|contours?|outlines?|size|border|xxxx)"
 _HEART_SIZE = rf"{_HEART}(?:(?: and)? {_OUTLINE}){{0,3}}"
 _MEDIASTINUM = r"(?:cardio ?)?mediastin(?:al|um)"
 _LARGE = r"(?:enlarged|large|enlarging|prominent|increased|dilated|big|globular)"
-_IS = r"(?: (?:is|are|was|were|remains?|appears?|looks?|has|have|be|been|to|shows?|measures?)){1,4}"
+_IS = (
+    r"(?::|(?: (?:is|are|was|were|remains?|appears?|looks?|has|have|be|been|to|shows?|measures?))"
+    r"{1,4})"
+)
 _DEGREE = (
     r"(?: (?:mildly|moderately|markedly|severely|slightly|minimally|significantly|grossly|again"
     r"|now|still|also|only|mild|moderate|borderline|at least|to|or|and|stable|unchanged|somewhat"
@@ -182,16 +185,16 @@ ABSENT: dict[str, tuple[str, ...]] = {
         r" (?:are|is|appear|remain|appears|remains)(?: (?:both|otherwise|grossly|well|essentially"
         r"|symmetrically|bilaterally|hyperexpanded|hyperinflated|expanded|aerated|and|now|fully"
         r"|still|inflated|normally|adequately|mildly|low|hypoinflated|but)|,|-){0,6} clear",
-        r"clear lungs?|lungs (?:otherwise )?clear",
+        r"clear lungs?|lungs:? (?:otherwise )?clear",
     ),
     "Pleural Effusion": (
         r"(?:costophrenic|cp) (?:angles?|sulci|recesses|xxxx)(?: \w+){0,2}"
         r" (?:sharp|clear|preserved)",
-        r"(?:pleural spaces?|pleura)(?: (?:is|are|appear))? (?:clear|normal|unremarkable)",
+        r"(?:pleural spaces?|pleura)(?: (?:is|are|appear)|:)? (?:clear|normal|unremarkable)",
     ),
     "Fracture": (
         r"(?:bones?|bony (?:structures|thorax)|osseous structures|ribs?|skeletal structures"
-        r"|skeleton)(?: of the thorax)?(?: (?:is|are|appear))?(?: grossly)?"
+        r"|skeleton)(?: of the thorax)?(?: (?:is|are|appear)|:)?(?: grossly)?"
         r" (?:intact|unremarkable|normal)",
     ),
 }
@@ -314,8 +317,8 @@ COMPARISONS: tuple[str, ...] = (
     r"\b(?:compar(?:ed|ison)|relative) (?:to|with) (?:the )?(?:\w+ )?(?:prior|previous|earlier|last"
     r"|old|recent|preceding|xxxx|study|exam\w*|radiograph\w*|film\w*)\b",
     r"\b(?:since|from|than|as|on) (?:the |an? )?(?:most )?(?:recent )?(?:prior|previous|earlier"
-    r"|preceding|last)\b(?! surg\w+| sternotomy| cabg| trauma| injur\w+| fractures?| granuloma\w*"
-    r"| infection)",
+    r"|preceding|last)\b(?! (?:\w+ )?(?:surg\w+|sternotomy|cabg|trauma|injur\w+|fractures?"
+    r"|granuloma\w*|infection|fusion|fixation|repair|resection|procedure|thoracotomy))",
     r"\b(?:prior|previous|earlier|preceding) (?:chest )?(?:stud(?:y|ies)|exam\w*|radiograph\w*"
     r"|films?|x-?rays?|images?|imaging|ct|scan)\b",
     r"\bpreviously (?:seen|noted|described|demonstrated|identified|visuali[sz]ed)\b",

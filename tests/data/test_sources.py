@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import tarfile
 import zipfile
 from collections import Counter
@@ -19,7 +20,7 @@ from PIL import Image
 
 from emrrg.data import openi, padchest
 from emrrg.data.__main__ import main
-from emrrg.data.preparing import choose_section, prepare, split_by_group
+from emrrg.data.preparing import FileIndex, choose_section, prepare, split_by_group
 from emrrg.data.r2gen import read_annotation
 from emrrg.data.records import SourceStudy, View
 from emrrg.errors import InputError
@@ -134,6 +135,23 @@ def test_openi_images_by_any_layout(layout: str, tmp_path: Path) -> None:
     assert record["image_path"] == expected
     assert record["report"] == "One." and record["impression"] == "Fine."
     assert record["uid"] == "CXR1" and record["mesh"] == ["Edema/mild"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes a symbolic link")
+def test_a_link_in_a_circle_is_followed_once(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        picture(tmp_path / f"{name}/{name}.png")
+        (tmp_path / name / "up").symlink_to(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    picture(tmp_path / "elsewhere/c.png")
+    (tmp_path / "a/c").symlink_to(tmp_path / "elsewhere")
+    index = FileIndex(tmp_path)
+    assert (index.find("a"), index.find("b"), index.find("c")) == (
+        "a/a.png",
+        "b/b.png",
+        "a/c/c.png",
+    )
+    assert sum(map(len, index.by_stem.values())) == 3
 
 
 def test_openi_sections_and_projections(tmp_path: Path) -> None:
@@ -496,7 +514,7 @@ def test_table_views_in_columns_of_their_own(tmp_path: Path) -> None:
     assert records["row1"]["image_path"] == ["a.png", "b.png"]
     assert records["row2"]["image_path"] == ["c.png"]
     assert not {"front", "side"} & {*records["row1"], *records["row2"]}
-    with pytest.raises(InputError, match="--image-column back: .*has no such column"):
+    with pytest.raises(InputError, match=r"--image-column back: .*has no such column"):
         run(*arguments, "front,back")
 
 
@@ -557,6 +575,24 @@ def test_tables_as_programs_write_them(content: str, name: str, tmp_path: Path) 
     assert records["row1"].get("labels") in (None, {"Edema": None})
 
 
+@pytest.mark.parametrize("view", [None, 3, True, {"a": 1}, [None], ["PA", 3]])
+def test_odd_views_and_half_characters_stop_nothing(view: Any, tmp_path: Path) -> None:
+    """A JSON string may hold half a surrogate pair, which no file can."""
+    record = {
+        "id": "a\ud83d",
+        "report": "Clear \ud83d here.",
+        "image_path": ["a.png"],
+        "view": view,
+    }
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({"train": [record]}))
+    records = run("r2gen", file, "--output", tmp_path / "b.json", "--dropped", tmp_path / "d.csv")
+    assert records["a?"]["report"] == "Clear ? here."
+    assert main(["check", str(file), "--output", str(tmp_path / "page")]) == 1  # no a.png
+    (tmp_path / "t.jsonl").write_text(json.dumps(record | {"image": "a.png", "view": None}))
+    assert list(run("tabular", tmp_path / "t.jsonl", "--output", tmp_path / "c.json")) == ["a?"]
+
+
 def test_nothing_is_no_id(tmp_path: Path) -> None:
     file = tmp_path / "t.json"
     file.write_text('[{"id": null, "image": "a.png", "text": "x"}, {"id": NaN, "image": "b.png", '
@@ -569,6 +605,7 @@ def test_nothing_is_no_id(tmp_path: Path) -> None:
     [
         ("", "t.csv", "no rows"),
         ("image,text\n", "t.csv", "no rows"),
+        ("\nimage,text\na.png,fine\n", "t.csv", "line 1 is empty"),
         ("image,text\na.png,one, two\n", "t.csv", "line 2: more fields"),
         ("image,text\nnull,\0\n", "t.csv", "image files not found"),
         ('{"image": "a.png"', "t.jsonl", "line 1: not JSON"),

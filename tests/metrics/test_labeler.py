@@ -151,6 +151,10 @@ def mentioned(text: str) -> dict[str, int]:
         ("Borderline heart size.", {"Cardiomegaly": 1}),
         ("The lungs are clear.", {"Lung Opacity": 0}),
         ("Bony structures are intact.", {"Fracture": 0}),
+        ("Heart: Normal size. Lungs: Clear. Bones: Intact. Pleura: Normal.",
+         {"Cardiomegaly": 0, "Lung Opacity": 0, "Fracture": 0, "Pleural Effusion": 0}),
+        ("Heart: enlarged. Mediastinum: widened.",
+         {"Cardiomegaly": 1, "Enlarged Cardiomediastinum": 1}),
         # the strongest of several mentions counts
         ("No effusion. Small right effusion.", {"Pleural Effusion": 1}),
         ("Possible effusion. No effusion.", {"Pleural Effusion": -1}),
@@ -234,6 +238,7 @@ def test_sides(text: str, sides: list[str | None]) -> None:
         ("Comparison with prior films would be helpful.", False),
         ("Recommend follow-up at a short interval.", False),
         ("Changes of prior granulomatous infection.", False),
+        ("Hardware from prior spinal fusion.", False),
         ("", False),
     ],
 )
