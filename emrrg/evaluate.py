@@ -25,7 +25,7 @@ from emrrg.evaluation import Evaluation, evaluate_model, write_predictions, writ
 from emrrg.heatmap import sentence_maps
 from emrrg.metrics.table import score_table
 from emrrg.model import ReportGenerator
-from emrrg.neighbours import nearest_reports
+from emrrg.neighbours import nearest_reports, neighbours_by_default
 from emrrg.result_page import PATIENT_NOTICE, write_result_page
 from emrrg.runs import (
     CHECKSUMS,
@@ -49,9 +49,6 @@ from emrrg.scoring import (
 from emrrg.system import pick_device
 
 log = logging.getLogger("emrrg.evaluate")
-
-NEIGHBOURS_AMONG = 20_000
-"""Training studies, at most, that are read for a baseline that was not asked for."""
 
 
 @dataclass(frozen=True)
@@ -248,8 +245,9 @@ def scoring_of(
     if asked.labels is not None:
         known = file_labels(Path(asked.labels), studies), f"file {asked.labels}"
     neighbours = None
-    if wants_neighbours(asked, model, training):
-        neighbours = nearest_reports(model, studies, training, config, device)
+    if asked.neighbours is not False:
+        find = nearest_reports if asked.neighbours else neighbours_by_default
+        neighbours = find(model, studies, training, config, device)
     return Scoring(
         tokenization=asked.tokenization,
         uncertain=asked.uncertain,
@@ -261,19 +259,6 @@ def scoring_of(
         neighbours=neighbours,
         per_report=asked.html is not None,
     )
-
-
-def wants_neighbours(asked: EvaluateConfig, model: ReportGenerator, training: Studies) -> bool:
-    """Whether to look for the nearest training image of each study."""
-    if asked.neighbours is not None:
-        return asked.neighbours
-    if len(training) > NEIGHBOURS_AMONG:
-        log.info(
-            "the nearest-neighbour baseline would read %d training studies: it is left out, "
-            "--neighbours asks for it", len(training),
-        )  # fmt: skip
-        return False
-    return not model.config.blind
 
 
 def page(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,7 +18,32 @@ from emrrg.data.loading import data_workers
 from emrrg.errors import InputError
 from emrrg.model import ReportGenerator
 
+log = logging.getLogger("emrrg.neighbours")
+
+UNASKED = 20_000
+"""Training studies, at most, that are read for this baseline where it was not asked for."""
 _MOST_SIMILARITIES = 2**24  # at once
+
+
+def neighbours_by_default(
+    model: ReportGenerator,
+    studies: Studies,
+    training: Studies,
+    config: TrainConfig,
+    device: torch.device,
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[str] | None:
+    """As `nearest_reports`; None for a model that sees nothing, or where it would take long."""
+    if model.config.blind:
+        return None
+    if len(training) > UNASKED:
+        log.info(
+            "the nearest-neighbour baseline would read %d training studies: it is left out "
+            "(emrrg.evaluate --neighbours has it)",
+            len(training),
+        )
+        return None
+    return nearest_reports(model, studies, training, config, device, stopped)
 
 
 def nearest_reports(
@@ -25,6 +52,7 @@ def nearest_reports(
     training: Studies,
     config: TrainConfig,
     device: torch.device,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> list[str]:
     """Give each study the report of the training study whose image is nearest.
 
@@ -37,15 +65,18 @@ def nearest_reports(
         training: where to find them.
         config: batch size, reading processes, what a broken image does.
         device: where the model is.
+        stopped: whether a signal came; asked after every batch.
     Returns:
-        One report a study; "" for one whose images cannot be read.
+        One report a study; "" for one whose images cannot be read, and for all when stopped.
     Raises:
         InputError: the model is blind, or an image cannot be read (unless --bad-images skip).
     """
     if model.config.blind:
         raise InputError("--neighbours: this model sees no image, so none is near to another")
-    known = study_features(model, training, config, device)
-    asked = study_features(model, studies, config, device)
+    known = study_features(model, training, config, device, stopped)
+    asked = study_features(model, studies, config, device, stopped)
+    if stopped():
+        return [""] * len(studies)
     middle = torch.stack(list(known.values())).mean(0)
     table = to_unit_length(torch.stack(list(known.values())) - middle, dim=1)
     names, reports = training.ids(), training.reports()
@@ -68,9 +99,13 @@ def nearest_reports(
 
 @torch.inference_mode()
 def study_features(
-    model: ReportGenerator, studies: Studies, config: TrainConfig, device: torch.device
+    model: ReportGenerator,
+    studies: Studies,
+    config: TrainConfig,
+    device: torch.device,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[int, Tensor]:
-    """The encoder's features of every study that can be read.
+    """The encoder's features of every study that can be read; of some, when stopped.
 
     Returns:
         Place in the data set to (D,) fp32 on the CPU, averaged over views and tokens.
@@ -85,6 +120,8 @@ def study_features(
     hidden = not sys.stderr.isatty()
     with tqdm(total=len(studies), desc="features", leave=False, disable=hidden) as bar:
         for batch in batches(studies, plan, workers=workers, skip_bad=skip):
+            if stopped():
+                return found
             if batch.ids:
                 images = normalize(batch.images.to(device))
                 features = model.features(images, batch.view_mask.to(device))

@@ -44,6 +44,7 @@ from emrrg.evaluation import (
     Evaluation,
     StoppedError,
     autocast,
+    default_scoring,
     evaluate_model,
     format_scores,
     selection_score,
@@ -51,6 +52,7 @@ from emrrg.evaluation import (
     write_samples,
 )
 from emrrg.model import ReportGenerator
+from emrrg.neighbours import neighbours_by_default
 from emrrg.optim import learning_rate, set_lr
 from emrrg.plots import plot_curves
 from emrrg.progress import Progress, clock
@@ -73,6 +75,10 @@ log = logging.getLogger("emrrg.train")
 Stopped = Callable[[], bool]
 
 INTERVALS = 1000  # resamples behind the intervals of the final scores
+BASELINES = {
+    "constant": "constant report",
+    "nearest_neighbour": "report of the nearest training image",
+}
 MAY_CHANGE = (
     "device", "threads", "workers", "log_every", "save_every", "keep_last", "epochs", "bad_steps",
     "tensorboard",
@@ -405,6 +411,13 @@ def finish(
     if before is not None and session.world.is_main:
         rows = json.loads((run / "predictions_before.json").read_text(encoding="utf-8"))
         earlier["before"] = {row["id"]: row["hypothesis"] for row in rows}
+    scoring = default_scoring(studies["test"])
+    if session.world.is_main and not brief:
+        with session.timed("network"):
+            nearest = neighbours_by_default(
+                session.model, studies["test"], studies["train"], config, session.device, stopped
+            )
+        scoring = dataclasses.replace(scoring, neighbours=nearest)
     result = evaluate_model(
         session.model,
         studies["test"],
@@ -412,6 +425,7 @@ def finish(
         session.device,
         train_reports=None if brief else studies["train"].reports(),
         others=earlier,
+        scoring=scoring,
         meteor=not brief,
         bootstrap=0 if brief else INTERVALS,
         label="testing",
@@ -454,8 +468,10 @@ def finish(
     if before:
         log.info("test before: %s", format_scores(before))
     log.info("test%s: %s", " after" if before else "", format_scores(result.scores))
-    if not brief:
-        log.info("constant report: %s", format_scores(result.scores["baselines"]["constant"]))
+    baselines = {} if brief else result.scores["baselines"]
+    for name, title in BASELINES.items():
+        if name in baselines:
+            log.info("%s: %s", title, format_scores(baselines[name]))
     log.info(
         "trained %s of %s parameters (%.2f %%) in %s, %.0f %% of it outside the network (%s); "
         "results in %s",

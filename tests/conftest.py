@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -119,7 +120,8 @@ def encoder_file() -> Callable[[Path], Path]:
 
 # METEOR's Java process and the resampling take longer than such a training.
 _QUICK = """
-import emrrg.evaluation, emrrg.train
+import contextlib, emrrg.evaluation, emrrg.train
+emrrg.evaluation.meteor_ahead = contextlib.nullcontext
 score = emrrg.evaluation.score_reports
 emrrg.evaluation.score_reports = lambda *a, **k: score(*a, **{**k, "meteor": "off"})
 emrrg.train.INTERVALS = 10
@@ -139,12 +141,17 @@ def train() -> Callable[..., int]:
         return score(*args, **{**settings, "meteor": "off"})
 
     def run(*flags: Any, pictures: bool = False) -> int:
+        threads = torch.get_num_threads()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(evaluation, "score_reports", quick)
+            patch.setattr(evaluation, "meteor_ahead", contextlib.nullcontext)
             patch.setattr(command, "INTERVALS", 10)
             if not pictures:
                 patch.setattr(command, "plot_curves", lambda *_: None)
-            return command.main([str(flag) for flag in flags])
+            try:
+                return command.main([str(flag) for flag in flags])
+            finally:
+                torch.set_num_threads(threads)  # --threads is for the whole process
 
     return run
 

@@ -22,7 +22,7 @@ from emrrg.data.loading import load_studies
 from emrrg.data.records import Record
 from emrrg.decoder import DecoderConfig
 from emrrg.errors import InputError
-from emrrg.evaluate import EvaluateConfig, main, wants_neighbours
+from emrrg.evaluate import main
 from emrrg.metrics import score_reports
 from emrrg.metrics.clinical import (
     OBSERVATIONS,
@@ -33,7 +33,7 @@ from emrrg.metrics.clinical import (
     score_sides,
 )
 from emrrg.model import ReportGenerator, set_regime
-from emrrg.neighbours import nearest_reports
+from emrrg.neighbours import nearest_reports, neighbours_by_default
 from emrrg.runs import load_run, mark_finished, save_base, save_checkpoint, write_json
 from emrrg.tokenizer import train_tokenizer
 
@@ -224,7 +224,7 @@ def test_nearest_neighbours(
     clinical = score_labels(rules(near), list(LABELS.values()))
     assert got["clinical"]["all"] == clinical["all"]
     assert "nearest_neighbour" not in evaluate("--no-neighbours")["baselines"]
-    monkeypatch.setattr("emrrg.evaluate.NEIGHBOURS_AMONG", 3)
+    monkeypatch.setattr("emrrg.neighbours.UNASKED", 3)
     assert "nearest_neighbour" not in evaluate()["baselines"]
     assert "baseline would read 4 training studies: it is left out" in capsys.readouterr().out
     assert evaluate("--neighbours")["baselines"]["nearest_neighbour"] == got
@@ -271,7 +271,8 @@ def test_a_blind_model_has_no_neighbours(folder: Path) -> None:
     studies = PhantomStudies("test", 2, domain="target", size=SIZE, seed=0)
     with pytest.raises(InputError, match="sees no image"):
         nearest_reports(model, studies, studies, TrainConfig(), torch.device("cpu"))
-    assert not wants_neighbours(EvaluateConfig(run="x"), model, studies)  # where nobody asks
+    config, device = TrainConfig(), torch.device("cpu")  # where nobody asks, it is no error
+    assert neighbours_by_default(model, studies, studies, config, device) is None
 
 
 def write_labels(path: Path, names: list[str]) -> Path:

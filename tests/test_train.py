@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -150,7 +151,7 @@ def test_the_default_run_in_small(
         "CPU with", "kernels: ", "from random weights, language model of", "hybrid layers ",
         f"parameters from {source}", "trains: ", "adapters X", "12 train, 3 val, 4 test studies",
         "an epoch of 6 steps takes about", "ETA", "studies/s", "tokens/s", "GiB", "lr ",
-        "before adaptation", "constant report", "outside the network",
+        "before adaptation", "constant report", "nearest training image", "outside the network",
         f"python -m emrrg.evaluate {run}",
     ):  # fmt: skip
         assert text in said, text
@@ -173,6 +174,7 @@ def test_java_is_started_once_for_before_and_after(
         ]
 
     monkeypatch.setattr(java, "meteor", counted)
+    monkeypatch.setattr("emrrg.evaluation.meteor_ahead", contextlib.nullcontext)
     monkeypatch.setattr(command, "plot_curves", lambda *_: None)
     run = tmp_path / "run"
     flags = [*brief, "--init", trained, "--lr", 0.1, "--output", run]
