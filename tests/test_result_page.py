@@ -484,8 +484,13 @@ def test_what_the_data_says_is_text_and_no_more(page: Written, browser: Browser)
     report = browser.run("document.querySelectorAll('#study-4 .report')[1].textContent")
     assert report.strip() == tidy(HYPOTHESES[4])
     browser.press("End", "Home", "a")
-    urls = {e["params"]["request"]["url"].split(":")[0]
-            for e in browser.events if e.get("method") == "Network.requestWillBeSent"}  # fmt: skip
+    for _ in range(100):  # pictures are asked for when the browser comes to it
+        urls = {e["params"]["request"]["url"].split(":")[0]
+                for e in browser.events if e.get("method") == "Network.requestWillBeSent"}  # fmt: skip
+        if "data" in urls:
+            break
+        time.sleep(0.05)
+        browser.run("0")
     assert urls == {"file", "data"}
     wrong = [e for e in browser.events
              if e.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded")]  # fmt: skip
