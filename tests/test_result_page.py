@@ -484,9 +484,10 @@ def test_what_the_data_says_is_text_and_no_more(page: Written, browser: Browser)
     report = browser.run("document.querySelectorAll('#study-4 .report')[1].textContent")
     assert report.strip() == tidy(HYPOTHESES[4])
     browser.press("End", "Home", "a")
+    urls: set[str] = set()
     for _ in range(100):  # pictures are asked for when the browser comes to it
-        urls = {e["params"]["request"]["url"].split(":")[0]
-                for e in browser.events if e.get("method") == "Network.requestWillBeSent"}  # fmt: skip
+        sent = [e for e in browser.events if e.get("method") == "Network.requestWillBeSent"]
+        urls = {e["params"]["request"]["url"].split(":")[0] for e in sent}
         if "data" in urls:
             break
         time.sleep(0.05)
