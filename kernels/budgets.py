@@ -45,13 +45,11 @@ class Loop:
         own: how often each opcode stands in it, outside its inner loops; with modifiers, as in
             ``MUFU.EX2``.
         innermost: whether it holds no other loop.
-        sometimes: those of `own` that a pass may jump over.
     """
 
     depth: int
     own: Counter[str]
     innermost: bool
-    sometimes: Counter[str] = field(default_factory=Counter)
 
     @property
     def instructions(self) -> int:
@@ -386,7 +384,6 @@ def _loops(code: list[_Instruction]) -> list[Loop]:
             changed |= new != dominators[k]
             dominators[k] = new
     bodies: dict[int, set[int]] = {}
-    always: dict[int, set[int]] = {}  # blocks that every pass of the loop goes through
     for k in reached:
         for head in after[k] & dominators[k]:
             body, waiting = bodies.setdefault(head, {head}), [k]
@@ -395,14 +392,13 @@ def _loops(code: list[_Instruction]) -> list[Loop]:
                 if n not in body:
                     body.add(n)
                     waiting += before[n]
-            always[head] = always.get(head, dominators[k]) & dominators[k]
 
     def opcodes(blocks: set[int]) -> Counter[str]:
         inside = (i.opcode for k in blocks for i in code[starts[k] : ends[k]])
         return Counter(opcode for opcode in inside if opcode != "NOP")
 
     loops = []
-    for head, body in sorted(bodies.items()):
+    for _, body in sorted(bodies.items()):
         inner = [other for other in bodies.values() if other < body]
         own = body - set().union(*inner)
         loops.append(
@@ -410,7 +406,6 @@ def _loops(code: list[_Instruction]) -> list[Loop]:
                 depth=sum(body < other for other in bodies.values()),
                 own=opcodes(own),
                 innermost=not inner,
-                sometimes=opcodes(own - always[head]),
             )
         )
     return loops
@@ -447,7 +442,6 @@ class Case:
             and the stores that it makes; each loop works once on every (b,d,l,n). Empty: no figure
             per element.
         which: of the launches of that kernel.
-        share: of the passes that go through what a pass may jump over.
     """
 
     kernel: str
@@ -455,7 +449,6 @@ class Case:
     call: Callable[[], object]
     hot: tuple[tuple[int, int], ...] = ()
     which: int = 0
-    share: float = 1.0
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -588,7 +581,7 @@ FROZEN = "u delta B C z"  # what a mixer with adapters alone needs
 
 CASES = (
     Case("_forward_kernel", "gate, softplus, skip", lambda: _scan_forward(False), ((4, 4),)),
-    Case("_forward_kernel", "the same, for training", lambda: _scan_forward(True), ((4, 20),)),
+    Case("_forward_kernel", "the same, for training", lambda: _scan_forward(True), ((4, 8),)),
     Case(
         "_forward_kernel",
         "packed or padded sequences",
@@ -596,34 +589,19 @@ CASES = (
         ((4, 4),),
     ),
     Case("_forward_kernel", "a long sequence's chunks, first pass", _long_forward, ((4, 0),)),
-    # Every other pass computes the state before its pair of steps.
-    Case(
-        "_backward_kernel",
-        "base frozen",
-        lambda: _scan_backward(FROZEN),
-        ((2, 10),),
-        share=0.5,
-    ),
-    Case(
-        "_backward_kernel",
-        "every gradient",
-        lambda: _scan_backward(EVERY),
-        ((2, 10),),
-        share=0.5,
-    ),
+    Case("_backward_kernel", "base frozen", lambda: _scan_backward(FROZEN), ((4, 20),)),
+    Case("_backward_kernel", "every gradient", lambda: _scan_backward(EVERY), ((4, 20),)),
     Case(
         "_backward_kernel",
         "packed or padded sequences",
         lambda: _scan_backward(EVERY, _packed()),
-        ((2, 10),),
-        share=0.5,
+        ((4, 20),),
     ),
     Case(
         "_backward_kernel",
         "steps 2^31 elements apart",
         lambda: _scan_backward(FROZEN, _far_apart()),
-        ((2, 10),),
-        share=0.5,
+        ((4, 20),),
     ),
     Case("_pack_kernel", "B and C", lambda: _scan_forward(False)),
     Case("_add_parts_kernel", "dB and dC", lambda: _scan_backward(FROZEN)),
@@ -676,9 +654,8 @@ def row(case: Case, target: str) -> dict[str, Any]:
             )
         elements = steps * _states_of_a_thread(launch)
         for opcode, count in loop.own.items():
-            made = count - (1 - case.share) * loop.sometimes[opcode]
             for name in ("all", opcode.split(".")[0]):
-                per_element[name] = per_element.get(name, 0.0) + made / elements
+                per_element[name] = per_element.get(name, 0.0) + count / elements
     return {
         "kernel": f"{launch.kernel.__module__.removeprefix('kernels.')}.{case.kernel}",
         "what": case.what,

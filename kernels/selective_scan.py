@@ -18,11 +18,12 @@ over steps has no barrier. More than 16 states are split over warps. B and C com
 fp32, one row of 2 N numbers a step, read as vectors. `kernels.budgets` counts the instructions.
 
 The forward keeps h every `STEPS` steps for the backward: N bytes for each (b, d, l), only where a
-gradient is wanted. The backward goes through pairs of steps, computes the states of a pair again
-and holds them in registers, so each exponential is taken one and a half times. dB and dC are sums
-over channels: threads fold them over the lanes of a warp (a reduce-scatter, 16 shuffles for 16
-states where `tl.sum` takes 80), each program writes its part and a second kernel adds the parts in
-a fixed order. No atomics: gradients are equal from run to run, bit by bit.
+gradient is wanted. The backward goes through blocks of as many steps: it computes the states inside
+a block again, holds them in registers and goes back through them. Each exponential but a block's
+last is taken twice, which costs less than the registers to hold it. dB and dC are sums over
+channels: threads fold them over the lanes of a warp (a reduce-scatter, 16 shuffles for 16 states
+where `tl.sum` takes 80), each program writes its part and a second kernel adds the parts in a fixed
+order. No atomics: gradients are equal from run to run, bit by bit.
 
 A few long sequences would leave a GPU idle. They are cut into chunks, in two passes: first each
 chunk from a state of zero, which gives its last state and the factor that its first one takes,
@@ -46,7 +47,7 @@ from kernels.reference import scan_ref, step_flags
 from kernels.transforms import derivative, transformable
 from kernels.triton_math import jit, silu, silu_slope, softplus, softplus_slope, tl, triton
 
-STEPS = 4  # of a block: the forward loads them at once, the backward finds the state before them
+STEPS = 4  # of a block: the forward loads them at once, the backward holds the states inside
 FEW_PROGRAMS = 3  # for each multiprocessor; with fewer a scan is cut into chunks
 SHORTEST_CHUNK = 64  # steps; the first pass costs two thirds of the second
 
@@ -184,11 +185,11 @@ def _state_index(lane, NP: tl.constexpr, GATHER: tl.constexpr):
 
 
 @jit
-def _place(lane, unit, NP: tl.constexpr, LANES: tl.constexpr):
-    """Places of a tile of states in a workspace, in the shape of `_state_index`."""
+def _place(lane, NP: tl.constexpr, LANES: tl.constexpr):
+    """Places of a tile of states in a workspace, in the shape of `_state_index`: fours together."""
     V: tl.constexpr = 4 if NP >= 4 else NP
-    row = (tl.arange(0, NP // V) * V)[:, None, None] + tl.arange(0, V)[None, :, None]
-    return tl.max_contiguous(row * LANES + (lane * unit)[None, None, :], [1, 1, 2])
+    four = (tl.arange(0, NP // V) * (V * LANES))[:, None, None] + (lane * V)[None, None, :]
+    return tl.max_contiguous(four + tl.arange(0, V)[None, :, None], [1, V, 2])
 
 
 @jit
@@ -442,7 +443,7 @@ def _forward_kernel(
     valid = inner < width
     d = g * width + tl.minimum(inner, width - 1)
     n = _state_index(lane, NP, GATHER)
-    place = _place(lane, unit, NP, LANES)
+    place = _place(lane, NP, LANES)
     tile = ((b * chunks + c) * groups * blocks + block) * (NP * LANES)
     begin = c * chunk
     steps = tl.minimum(L - begin, chunk).to(tl.int32)
@@ -548,13 +549,17 @@ def _forward_kernel(
         tl.store(decay_ptr + tile + place, tl.reshape(decay, place.shape))
 
 
+# fmt: off
 @jit
 def _forward_step(
-    h, d, x, A, reset, B, k: tl.constexpr, ROWS: tl.constexpr, FLAGS: tl.constexpr
+    h, step, u, A, reset, fixed_B, packed_at, k: tl.constexpr, B_FIXED: tl.constexpr,
+    NP: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr, FLAGS: tl.constexpr,
 ):
-    """exp(d A) and the next state."""
-    a = _decay(d, A, reset, k, ROWS, FLAGS)
-    return a, a * h + _take(x, k, ROWS)[None, :] * B
+    # fmt: on
+    """The state after step k of a block."""
+    B = _row(fixed_B, packed_at, k, 0, B_FIXED, NP, LANES)
+    x = _take(step, k, STEPS) * _take(u, k, STEPS)
+    return _decay(step, A, reset, k, STEPS, FLAGS) * h + x[None, :] * B
 
 
 @jit
@@ -563,6 +568,92 @@ def _write_lane_sums(
 ):
     n, writes = _sum_index(lane, NP)
     tl.store(at + n, _lane_sums(x, lane, NP, LANES, GATHER), mask=writes & wanted)
+
+
+# fmt: off
+@jit
+def _read_state(
+    h, dz_row, at, parts_at, C, dy, dz, u, skip, dC, lane, ok, inside,
+    NP: tl.constexpr, LANES: tl.constexpr, C_FIXED: tl.constexpr, GATHER: tl.constexpr,
+    NEED_C: tl.constexpr,
+):
+    # fmt: on
+    """What a step makes of the state after it: dz, and dC, which is written or added up."""
+    if dz_row is not None:
+        dz *= tl.sum(h * C, 0) + skip * u
+        tl.store(dz_row + at, dz.to(dz_row.dtype.element_ty), mask=ok)
+    if NEED_C:
+        if C_FIXED:
+            dC += h * dy[None, :]
+        else:
+            _write_lane_sums(parts_at + NP, h * dy[None, :], lane, inside, NP, LANES, GATHER)
+    return dC
+
+
+# fmt: off
+@jit
+def _backward_step(
+    carry, dA, dB, dC, dbias, before, after, A, step, reset, u, dy, dz, slope, skip,
+    fixed_B, fixed_C, packed_at, dz_row, du_row, ddelta_row, offset_o, stride_ol,
+    parts_row, parts_step, lane, valid, t, left, unit, k: tl.constexpr,
+    NP: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
+    B_FIXED: tl.constexpr, C_FIXED: tl.constexpr, GATHER: tl.constexpr, FLAGS: tl.constexpr,
+    NEED_B: tl.constexpr, NEED_C: tl.constexpr, NEED_A: tl.constexpr, NEED_D: tl.constexpr,
+):
+    # fmt: on
+    """Step k of a block, backward, from the state before it; None after it: found here."""
+    at = t * stride_ol + offset_o + k * stride_ol
+    parts_at = parts_row
+    if parts_row is not None:
+        parts_at = parts_row + (t + k) * parts_step
+    inside = k < left
+    ok = inside & valid
+    d = _take(step, k, STEPS)
+    u = _take(u, k, STEPS)
+    dy = _take(dy, k, STEPS)
+    dz = _take(dz, k, STEPS)
+    C = _row(fixed_C, packed_at, k, 1, C_FIXED, NP, LANES)
+    if after is not None:
+        dC = _read_state(
+            after, dz_row, at, parts_at, C, dy, dz, u, skip, dC, lane, ok, inside,
+            NP, LANES, C_FIXED, GATHER, NEED_C,
+        )  # fmt: skip
+    g = dy[None, :] * C + carry
+    B = _row(fixed_B, packed_at, k, 0, B_FIXED, NP, LANES)
+    s = tl.sum(g * B, 0)
+    if du_row is not None:
+        du = d * s + skip * dy
+        tl.store(du_row + at, du.to(du_row.dtype.element_ty), mask=ok)
+    if NEED_B:
+        if B_FIXED:
+            dB += g * (d * u)[None, :]
+        else:
+            _write_lane_sums(parts_at, g * (d * u)[None, :], lane, inside, NP, LANES, GATHER)
+    # The forward took this exponential too. The compiler must not see that, nor take it before s
+    # is there: it would keep those of all steps in registers.
+    again = d.to(tl.int32, bitcast=True) ^ (s.to(tl.int32, bitcast=True) & (unit - 1))
+    exponent = again.to(tl.float32, bitcast=True)[None, :] * A
+    if FLAGS:
+        exponent += _take(reset, k, STEPS)[None, :]
+    a = tl.math.exp2(exponent)
+    carry = g * a
+    q = carry * before
+    if NEED_A:
+        dA += q * d[None, :]
+    if NEED_D:
+        ddelta = (u * s + tl.sum(q * A, 0) * 0.6931471805599453) * _take(slope, k, STEPS)
+        dbias += ddelta
+        if ddelta_row is not None:
+            tl.store(ddelta_row + at, ddelta.to(ddelta_row.dtype.element_ty), mask=ok)
+    if after is None:
+        B = _row(fixed_B, packed_at, k, 0, B_FIXED, NP, LANES)  # both again, as the state above
+        C = _row(fixed_C, packed_at, k, 1, C_FIXED, NP, LANES)
+        h = a * before + (d * u)[None, :] * B
+        dC = _read_state(
+            h, dz_row, at, parts_at, C, dy, dz, u, skip, dC, lane, ok, inside,
+            NP, LANES, C_FIXED, GATHER, NEED_C,
+        )  # fmt: skip
+    return carry, dA, dB, dC, dbias
 
 
 # fmt: off
@@ -595,7 +686,7 @@ def _backward_kernel(
     WIDE: tl.constexpr, ALIKE: tl.constexpr, NEED_B: tl.constexpr, NEED_C: tl.constexpr,
 ):
     # fmt: on
-    """A program takes its channels back through a chunk, two steps at a time.
+    """A program takes its channels back through a chunk, a block of four steps at a time.
 
     WIDE: a sequence spans 2^31 elements or more. ALIKE: all (B, L, D) have the same stride along D.
     """
@@ -613,7 +704,7 @@ def _backward_kernel(
     valid = inner < width
     d = g * width + tl.minimum(inner, width - 1)
     n = _state_index(lane, NP, GATHER)
-    place = _place(lane, unit, NP, LANES)
+    place = _place(lane, NP, LANES)
     tile = ((b * chunks + c) * groups * blocks + block) * (NP * LANES)
     begin = c * chunk
     steps = tl.minimum(L - begin, chunk).to(tl.int32)
@@ -641,7 +732,16 @@ def _backward_kernel(
     flags_row = flags_ptr
     if flags_ptr is not None:
         flags_row = flags_ptr + (b * L + first)
-    out_row = (b * L + first) * dim
+    dz_row = dz_ptr
+    if dz_ptr is not None:
+        dz_row = dz_ptr + (b * L + first) * dim
+    du_row = du_ptr
+    if du_ptr is not None:
+        du_row = du_ptr + (b * L + first) * dim
+    ddelta_row = ddelta_ptr
+    if ddelta_ptr is not None:
+        ddelta_row = ddelta_ptr + (b * L + first) * dim
+    NEED_D: tl.constexpr = ddelta_ptr is not None or dbias_ptr is not None
     if REVERSE:
         stride_gl = -stride_gl
         stride_ul = -stride_ul
@@ -686,45 +786,20 @@ def _backward_kernel(
     dC = A * 0.0
     dD = tl.zeros([LANES], tl.float32)
     dbias = tl.zeros([LANES], tl.float32)
-    k = tl.arange(0, 2)[:, None]
+    k = tl.arange(0, STEPS)[:, None]
     kept_step = groups * blocks * (NP * LANES)
-    if WIDE:
-        k = k.to(tl.int64)
-    pairs = tl.cdiv(steps, 2)
-    for i in range(pairs):
+    many = tl.cdiv(steps, STEPS)
+    for i in range(many):
         # The compiler must not see how t moves: it would keep pointers to all tensors in registers.
-        t = ((pairs - 1 - i) * 2) ^ (unit - 1)
-        full = t + 1 < steps
-        ok = (k == 0) | full
-        inside = ok & valid[None, :]
-        skipped = t % STEPS // 2
+        t = ((many - 1 - i) * STEPS) ^ (unit - 1)
+        left = steps - t
+        ok = k < left
+        row = t + tl.minimum(k, left - 1)  # what a step beyond the last reads is not used
         if WIDE:
             t = t.to(tl.int64)
-        h = _states(kept_row + (t // STEPS * kept_step + place), NP, LANES)
-        for j in range(skipped):
-            before = t // STEPS * STEPS + j * 2
-            u = _steps(u_row, before * stride_ul + offset_u, k, stride_ul, None)
-            step = _steps(delta_row, before * stride_dl + offset_d, k, stride_dl, None)
-            step += bias[None, :]
-            if SOFTPLUS:
-                step = softplus(step)
-            reset = step
-            if FLAGS:
-                live, reset = _flags(flags_row + before * stride_fl, k, stride_fl, None)
-                step = tl.where(live, step, 0.0)
-                u = tl.where(live, u, 0.0)
-                reset = tl.broadcast_to(reset, step.shape)
-            packed_at = packed_row
-            if packed_ptr is not None:
-                packed_at = packed_row + (before * (2 * NP) + n)
-            x = step * u
-            for m in tl.static_range(2):
-                B = _row(fixed_B, packed_at, m, 0, B_FIXED, NP, LANES)
-                _, h = _forward_step(h, step, x, A, reset, B, m, 2, FLAGS)
-
-        u = _steps(u_row, t * stride_ul + offset_u, k, stride_ul, ok)
-        step = _steps(delta_row, t * stride_dl + offset_d, k, stride_dl, ok) + bias[None, :]
-        dout = _steps(dout_row, t * stride_gl + offset_g, k, stride_gl, inside)
+            row = row.to(tl.int64)
+        u = _steps(u_row, offset_u, row, stride_ul, None)
+        step = _steps(delta_row, offset_d, row, stride_dl, None) + bias[None, :]
         if SOFTPLUS:
             step, slope = softplus_slope(step, NVIDIA)
         else:
@@ -737,82 +812,54 @@ def _backward_kernel(
             step = tl.where(live, step, 0.0)
             slope = tl.where(live, slope, 0.0)
             u = tl.where(live, u, 0.0)
-            dout = tl.where(live, dout, 0.0)
             reset = tl.broadcast_to(reset, step.shape)
+        packed_at = packed_row
+        if packed_ptr is not None:
+            packed_at = (packed_row + t * (2 * NP)) + n
+
+        at_kept = (kept_row + t // STEPS * kept_step) + place
+        h0 = _states(at_kept, NP, LANES)
+        h1 = _forward_step(
+            h0, step, u, A, reset, fixed_B, packed_at, 0, B_FIXED, NP, LANES, STEPS, FLAGS
+        )
+        h2 = _forward_step(
+            h1, step, u, A, reset, fixed_B, packed_at, 1, B_FIXED, NP, LANES, STEPS, FLAGS
+        )
+        h3 = _forward_step(
+            h2, step, u, A, reset, fixed_B, packed_at, 2, B_FIXED, NP, LANES, STEPS, FLAGS
+        )
+
+        dout = _steps(dout_row, offset_g, row, stride_gl, None)
+        dout = tl.where(ok & valid[None, :], dout, 0.0)
+        if FLAGS:
+            dout = tl.where(live, dout, 0.0)
         dy = dout
         if z_ptr is not None:
-            z = _steps(z_row, t * stride_zl + offset_z, k, stride_zl, ok)
+            z = _steps(z_row, offset_z, row, stride_zl, None)
             gate, dz = silu_slope(z, NVIDIA)
             dy = dout * gate
             dz *= dout
-        x = step * u
-        dy0 = _take(dy, 0, 2)[None, :]
-        dy1 = _take(dy, 1, 2)[None, :]
-        at = t * stride_ol + offset_o
-        packed_at = packed_row
-        if packed_ptr is not None:
-            packed_at = packed_row + (t * (2 * NP) + n)
-        parts_at = parts_row
-        if parts_ptr is not None:
-            parts_at = parts_row + t * parts_step
-
-        B0 = _row(fixed_B, packed_at, 0, 0, B_FIXED, NP, LANES)
-        a0, h1 = _forward_step(h, step, x, A, reset, B0, 0, 2, FLAGS)
-        B1 = _row(fixed_B, packed_at, 1, 0, B_FIXED, NP, LANES)
-        a1, h2 = _forward_step(h1, step, x, A, reset, B1, 1, 2, FLAGS)
-        if NEED_C:
-            if C_FIXED:
-                dC += h1 * dy0
-                dC += h2 * dy1
+        else:
+            dz = dout
+        after = None
+        before = h3
+        for m in tl.static_range(STEPS):
+            carry, dA, dB, dC, dbias = _backward_step(
+                carry, dA, dB, dC, dbias, before, after, A, step, reset, u, dy, dz, slope, skip,
+                fixed_B, fixed_C, packed_at, dz_row, du_row, ddelta_row, offset_o, stride_ol,
+                parts_row, parts_step, lane, valid, t, left, unit, STEPS - 1 - m,
+                NP, LANES, STEPS, B_FIXED, C_FIXED, GATHER, FLAGS,
+                NEED_B, NEED_C, dA_ptr is not None, NEED_D,
+            )  # fmt: skip
+            after = before
+            if m == 0:
+                before = h2
+            elif m == 1:
+                before = h1
             else:
-                _write_lane_sums(parts_at + NP, h1 * dy0, lane, True, NP, LANES, GATHER)
-                to = parts_at + (parts_step + NP)
-                _write_lane_sums(to, h2 * dy1, lane, full, NP, LANES, GATHER)
-        if dz_ptr is not None:
-            y0 = tl.sum(h1 * _row(fixed_C, packed_at, 0, 1, C_FIXED, NP, LANES), 0)
-            y1 = tl.sum(h2 * _row(fixed_C, packed_at, 1, 1, C_FIXED, NP, LANES), 0)
-            y = _put(_put(u, y0, 0, 2), y1, 1, 2) + skip[None, :] * u
-            _write_steps(dz_ptr + out_row, at, dz * y, k, stride_ol, inside)
-
-        g1 = dy1 * _row(fixed_C, packed_at, 1, 1, C_FIXED, NP, LANES) + carry
-        s1 = tl.sum(g1 * _row(fixed_B, packed_at, 1, 0, B_FIXED, NP, LANES), 0)
-        carry = g1 * a1
-        q = carry * h1
-        r1 = tl.sum(q * A, 0)
-        if dA_ptr is not None:
-            dA += q * _take(step, 1, 2)[None, :]
-        if NEED_B:
-            x1 = _take(x, 1, 2)[None, :]
-            if B_FIXED:
-                dB += g1 * x1
-            else:
-                _write_lane_sums(parts_at + parts_step, g1 * x1, lane, full, NP, LANES, GATHER)
-        g0 = dy0 * _row(fixed_C, packed_at, 0, 1, C_FIXED, NP, LANES) + carry
-        s0 = tl.sum(g0 * _row(fixed_B, packed_at, 0, 0, B_FIXED, NP, LANES), 0)
-        carry = g0 * a0
-        q = carry * h
-        r0 = tl.sum(q * A, 0)
-        if dA_ptr is not None:
-            dA += q * _take(step, 0, 2)[None, :]
-        if NEED_B:
-            x0 = _take(x, 0, 2)[None, :]
-            if B_FIXED:
-                dB += g0 * x0
-            else:
-                _write_lane_sums(parts_at, g0 * x0, lane, True, NP, LANES, GATHER)
+                before = _states(at_kept, NP, LANES)  # again: that is cheaper than to keep it
         if dD_ptr is not None:
-            dD += _take(dy, 0, 2) * _take(u, 0, 2)
-            dD += _take(dy, 1, 2) * _take(u, 1, 2)
-        s = _put(_put(u, s0, 0, 2), s1, 1, 2)
-        if du_ptr is not None:
-            du = step * s + skip[None, :] * dy
-            _write_steps(du_ptr + out_row, at, du, k, stride_ol, inside)
-        if ddelta_ptr is not None or dbias_ptr is not None:
-            r = _put(_put(u, r0, 0, 2), r1, 1, 2)
-            ddelta = (u * s + r * 0.6931471805599453) * slope
-            dbias += tl.sum(ddelta, 0)
-            if ddelta_ptr is not None:
-                _write_steps(ddelta_ptr + out_row, at, ddelta, k, stride_ol, inside)
+            dD += tl.sum(dy * u, 0)
 
     to = tl.reshape(n, [NP, LANES])
     whole = valid[None, :] & (to < N)
@@ -866,7 +913,7 @@ def _backward_border_kernel(
     valid = inner < width
     d = g * width + tl.minimum(inner, width - 1)
     n = _state_index(lane, NP, GATHER)
-    place = _place(lane, unit, NP, LANES)
+    place = _place(lane, NP, LANES)
     tile = ((b * chunks + c) * groups * blocks + block) * (NP * LANES)
     begin = c * chunk
     steps = tl.minimum(L - begin, chunk).to(tl.int32)

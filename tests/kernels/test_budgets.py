@@ -42,13 +42,13 @@ FORWARD = (
 # Instructions per (b,d,l,n) on sm_90: what was reached, rounded up.
 REACHED: dict[tuple[str, str], float] = {
     (f"{SCAN}._forward_kernel", "gate, softplus, skip"): 8.46,
-    (f"{SCAN}._forward_kernel", "the same, for training"): 9.24,
+    (f"{SCAN}._forward_kernel", "the same, for training"): 8.54,
     (f"{SCAN}._forward_kernel", "packed or padded sequences"): 9.08,
-    (f"{SCAN}._forward_kernel", "a long sequence's chunks, first pass"): 6.05,
-    (f"{SCAN}._backward_kernel", "base frozen"): 30.32,
-    (f"{SCAN}._backward_kernel", "every gradient"): 28.74,
-    (f"{SCAN}._backward_kernel", "packed or padded sequences"): 30.81,
-    (f"{SCAN}._backward_kernel", "steps 2^31 elements apart"): 29.12,
+    (f"{SCAN}._forward_kernel", "a long sequence's chunks, first pass"): 6.08,
+    (f"{SCAN}._backward_kernel", "base frozen"): 24.84,
+    (f"{SCAN}._backward_kernel", "every gradient"): 25.10,
+    (f"{SCAN}._backward_kernel", "packed or padded sequences"): 26.05,
+    (f"{SCAN}._backward_kernel", "steps 2^31 elements apart"): 25.38,
     (f"{SCAN}._backward_border_kernel", "a long sequence's chunks, first pass"): 7.55,
     (f"{CROSS}._cross_scan_fwd_kernel", "forward"): 8.71,
     (f"{CROSS}._cross_scan_bwd_kernel", "base frozen"): 29.85,
@@ -166,8 +166,6 @@ def test_finding_loops() -> None:
     assert (inner.depth, inner.innermost) == (1, True)
     # What stands behind the end and comes back belongs to the loop that it comes back to.
     assert inner.own == Counter({"FFMA": 1, "MUFU.EX2": 1, "BRA": 4, "SHFL": 1})
-    assert inner.sometimes == Counter({"MUFU.EX2": 1, "BRA": 1, "SHFL": 1})
-    assert outer.sometimes == Counter(STG=1, BRA=1), "what a continue leaves out"
     assert inner.count("MUFU", "SHFL") == 2 and inner.instructions == 7
     assert budgets.Figures("sm_90", 1, 0, 0, 13, [outer, inner]).hot is inner
     with pytest.raises(ValueError, match="no loop"):
