@@ -23,6 +23,7 @@ from emrrg.data.loading import load_studies
 from emrrg.errors import InputError
 from emrrg.evaluation import Evaluation, evaluate_model, write_predictions, write_samples
 from emrrg.heatmap import sentence_maps
+from emrrg.metrics.java import meteor_ahead
 from emrrg.metrics.table import score_table
 from emrrg.model import ReportGenerator
 from emrrg.neighbours import nearest_reports, neighbours_by_default
@@ -143,18 +144,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_writable(output / "scores.json", "--output")
     if asked.html is not None:
         check_writable(Path(asked.html), "--html")
-    scoring = scoring_of(asked, model, studies, training, config, device)
-    result = evaluate_model(
-        model,
-        studies,
-        config,
-        device,
-        train_reports=training.reports(),
-        meteor=asked.meteor == "auto",
-        bootstrap=asked.bootstrap,
-        scoring=scoring,
-        label=asked.split,
-    )
+    with meteor_ahead(asked.meteor == "auto"):
+        scoring = scoring_of(asked, model, studies, training, config, device)
+        result = evaluate_model(
+            model,
+            studies,
+            config,
+            device,
+            train_reports=training.reports(),
+            meteor=asked.meteor == "auto",
+            bootstrap=asked.bootstrap,
+            scoring=scoring,
+            label=asked.split,
+        )
     write_json(output / "scores.json", {**result.scores, "evaluated": evaluated})
     write_predictions(output / "predictions.json", result)
     write_samples(output, result, studies, asked.split)

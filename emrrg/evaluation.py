@@ -194,7 +194,7 @@ def evaluate_model(
         StoppedError: as `write_reports`.
     """
     world = world or World()
-    with meteor_ahead() if meteor and world.is_main else contextlib.nullcontext():
+    with meteor_ahead(meteor and world.is_main):
         started = time.perf_counter()
         written = write_reports(
             model, studies, config, device, label=label, world=world, stopped=stopped

@@ -51,6 +51,7 @@ from emrrg.evaluation import (
     write_predictions,
     write_samples,
 )
+from emrrg.metrics.java import meteor_ahead
 from emrrg.model import ReportGenerator
 from emrrg.neighbours import neighbours_by_default
 from emrrg.optim import learning_rate, set_lr
@@ -411,27 +412,33 @@ def finish(
     if before is not None and session.world.is_main:
         rows = json.loads((run / "predictions_before.json").read_text(encoding="utf-8"))
         earlier["before"] = {row["id"]: row["hypothesis"] for row in rows}
-    scoring = default_scoring(studies["test"])
-    if session.world.is_main and not brief:
-        with session.timed("network"):
-            nearest = neighbours_by_default(
-                session.model, studies["test"], studies["train"], config, session.device, stopped
-            )
-        scoring = dataclasses.replace(scoring, neighbours=nearest)
-    result = evaluate_model(
-        session.model,
-        studies["test"],
-        config,
-        session.device,
-        train_reports=None if brief else studies["train"].reports(),
-        others=earlier,
-        scoring=scoring,
-        meteor=not brief,
-        bootstrap=0 if brief else INTERVALS,
-        label="testing",
-        world=session.world,
-        stopped=stopped,
-    )
+    with meteor_ahead(session.world.is_main and not brief):
+        scoring = default_scoring(studies["test"])
+        if session.world.is_main and not brief:
+            with session.timed("network"):
+                nearest = neighbours_by_default(
+                    session.model,
+                    studies["test"],
+                    studies["train"],
+                    config,
+                    session.device,
+                    stopped,
+                )
+            scoring = dataclasses.replace(scoring, neighbours=nearest)
+        result = evaluate_model(
+            session.model,
+            studies["test"],
+            config,
+            session.device,
+            train_reports=None if brief else studies["train"].reports(),
+            others=earlier,
+            scoring=scoring,
+            meteor=not brief,
+            bootstrap=0 if brief else INTERVALS,
+            label="testing",
+            world=session.world,
+            stopped=stopped,
+        )
     if not session.world.is_main:
         return
     if before is not None:

@@ -121,7 +121,7 @@ def encoder_file() -> Callable[[Path], Path]:
 # METEOR's Java process and the resampling take longer than such a training.
 _QUICK = """
 import contextlib, emrrg.evaluation, emrrg.train
-emrrg.evaluation.meteor_ahead = contextlib.nullcontext
+emrrg.evaluation.meteor_ahead = emrrg.train.meteor_ahead = contextlib.nullcontext
 score = emrrg.evaluation.score_reports
 emrrg.evaluation.score_reports = lambda *a, **k: score(*a, **{**k, "meteor": "off"})
 emrrg.train.INTERVALS = 10
@@ -144,7 +144,8 @@ def train() -> Callable[..., int]:
         threads = torch.get_num_threads()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(evaluation, "score_reports", quick)
-            patch.setattr(evaluation, "meteor_ahead", contextlib.nullcontext)
+            for module in (evaluation, command):
+                patch.setattr(module, "meteor_ahead", contextlib.nullcontext)
             patch.setattr(command, "INTERVALS", 10)
             if not pictures:
                 patch.setattr(command, "plot_curves", lambda *_: None)

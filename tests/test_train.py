@@ -174,7 +174,8 @@ def test_java_is_started_once_for_before_and_after(
         ]
 
     monkeypatch.setattr(java, "meteor", counted)
-    monkeypatch.setattr("emrrg.evaluation.meteor_ahead", contextlib.nullcontext)
+    for module in ("evaluation", "train"):
+        monkeypatch.setattr(f"emrrg.{module}.meteor_ahead", contextlib.nullcontext)
     monkeypatch.setattr(command, "plot_curves", lambda *_: None)
     run = tmp_path / "run"
     flags = [*brief, "--init", trained, "--lr", 0.1, "--output", run]

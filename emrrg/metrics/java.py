@@ -97,16 +97,20 @@ def meteor(
 
 
 @contextmanager
-def meteor_ahead() -> Iterator[None]:
+def meteor_ahead(wanted: bool = True) -> Iterator[None]:
     """Start METEOR's program now, for the first `meteor` within.
 
-    Its start, of seconds, then passes beside something else. Where it does not start, nothing
-    happens: `meteor` tries once more and says why.
+    Its start, of seconds, then passes beside something else. Where one waits already, or none can
+    be started, nothing happens: `meteor` tries once more and says why.
+
+    Args:
+        wanted: False: nothing happens either.
     """
     program = None
-    with contextlib.suppress(JavaError, OSError):
-        program = _start_meteor()
-        _started.append(program)
+    if wanted and not _started:
+        with contextlib.suppress(JavaError, OSError):
+            program = _start_meteor()
+            _started.append(program)
     try:
         yield
     finally:
