@@ -24,7 +24,8 @@ because p_t = r_t - w_t v_t and q_t = r_t+1 - w_t v_t. So one pass forward makes
 the y that dz needs, one pass backward makes dh, <A, q> and the rest; each exponential is taken
 twice, and no states are kept for a block of steps or computed again in one. Every `STEPS` steps the
 sum starts anew from the state kept there, r_t+1 = h_t v_t. Its error is 1e-7 of its largest term;
-that is d |A| times the other term of dd where a long step precedes a short one.
+that is d |A| times the other term of dd where a long step precedes a short one. dy is made once, by
+token, for both passes and all orders of a program.
 
 Shapes: B batch, L length, D channels, N states a channel, K orders.
 """
@@ -44,7 +45,7 @@ from kernels.causal_conv1d import check_orders
 from kernels.implementations import choose, nvidia
 from kernels.reference import cross_scan_ref
 from kernels.transforms import derivative, transformable
-from kernels.triton_math import jit, silu, silu_slope, softplus, softplus_slope, tl, triton
+from kernels.triton_math import jit, silu_slope, softplus, softplus_slope, tl, triton
 
 STEPS = 64  # between the states that the backward keeps
 MANY_PROGRAMS = 1024  # two warps on each of the schedulers of a large GPU
@@ -147,22 +148,24 @@ def _write_channel_sums(
 # fmt: off
 @jit
 def _gate_rows(
-    total_ptr, z_ptr, dout_ptr, out_ptr, offs_l, offs_d, mask, b, L, D, stride_part,
+    total_ptr, z_ptr, dout_ptr, out_ptr, offs_l, offs_d, mask, b, L, D,
+    stride_part, stride_tb, stride_tl, stride_td,
     stride_zb, stride_zl, stride_zd, stride_gb, stride_gl, stride_gd,
     PARTS: tl.constexpr, K: tl.constexpr, SLOPE: tl.constexpr, NVIDIA: tl.constexpr,
 ):
     # fmt: on
     """Rows of silu(z) total / K, or with SLOPE of dout silu'(z) total / K."""
-    at = (b * L + offs_l) * D + offs_d
-    total = _read(total_ptr + at, mask, False)
+    at = total_ptr + b * stride_tb + offs_l * stride_tl + offs_d * stride_td
+    total = _read(at, mask, False)
     for part in tl.static_range(1, PARTS):
-        total += _read(total_ptr + part * stride_part + at, mask, False)
+        total += _read(at + part * stride_part, mask, False)
     z = _read(z_ptr + b * stride_zb + offs_l * stride_zl + offs_d * stride_zd, mask, False)
     gate, slope = silu_slope(z, NVIDIA)
     if SLOPE:
         dout_at = dout_ptr + b * stride_gb + offs_l * stride_gl + offs_d * stride_gd
         gate = _read(dout_at, mask, False) * slope
-    tl.store(out_ptr + at, total * gate * (1.0 / K), mask=mask)
+    at = out_ptr + (b * L + offs_l) * D + offs_d
+    tl.store(at, total * gate * (1.0 / K), mask=mask)
 
 
 # fmt: off
@@ -289,8 +292,8 @@ def _cross_scan_fwd_kernel(
             offs_l = b * 0 + row + tl.arange(0, BLOCK_L)[:, None]
             _gate_rows(
                 total_ptr, z_ptr, z_ptr, out_ptr,
-                offs_l, offs_d[None, :], (offs_l < L) & mask[None, :], b, L, D, 0,
-                stride_zb, stride_zl, stride_zd, 0, 0, 0,
+                offs_l, offs_d[None, :], (offs_l < L) & mask[None, :], b, L, D,
+                0, L * D, D, 1, stride_zb, stride_zl, stride_zd, 0, 0, 0,
                 PARTS=1, K=K, SLOPE=False, NVIDIA=NVIDIA,
             )  # fmt: skip
 
@@ -316,7 +319,8 @@ def _cross_scan_gate_kernel(
     offs_l = (pid // columns % rows) * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
     _gate_rows(
         total_ptr, z_ptr, dout_ptr, out_ptr,
-        offs_l, offs_d, (offs_l < L) & (offs_d < D), pid // columns // rows, L, D, stride_part,
+        offs_l, offs_d, (offs_l < L) & (offs_d < D), pid // columns // rows, L, D,
+        stride_part, L * D, D, 1,
         stride_zb, stride_zl, stride_zd, stride_gb, stride_gl, stride_gd,
         PARTS=K, K=K, SLOPE=SLOPE, NVIDIA=NVIDIA,
     )  # fmt: skip
@@ -338,7 +342,7 @@ def _cross_scan_bwd_kernel(
     dD_ptr,  # (B, K, D), parts
     dz_ptr,  # (B, L, D) contiguous
     dbias_ptr,  # (B, K, D), parts
-    p_ptr, y_ptr,  # (B, L, D), workspaces; with PARALLEL (K, B, L, D)
+    dy_ptr, p_ptr, y_ptr,  # (B, L, D), workspaces; with PARALLEL (K, B, L, D)
     kept_ptr,  # (B, blocks, chunks, BLOCK_N, BLOCK_D), workspace; with PARALLEL (K, B, ...)
     batch, L, D,
     stride_gb, stride_gl, stride_gd,
@@ -377,8 +381,18 @@ def _cross_scan_bwd_kernel(
     in_tile = _in_tile(BLOCK_N, BLOCK_D, CHANNELS)
     u_lane = offs_d * stride_ud
     d_lane = offs_d * stride_dd
-    g_at = dout_ptr + b * stride_gb + offs_d * stride_gd
-    z_at = z_ptr + b * stride_zb + offs_d * stride_zd
+    if PARALLEL:
+        dy_ptr += (b * 0 + first) * batch * L * D
+    dy_at = dy_ptr + b * L * D + offs_d
+    for top in range(0, L, BLOCK_L):
+        offs_l = b * 0 + top + tl.arange(0, BLOCK_L)[:, None]
+        _gate_rows(
+            dout_ptr, z_ptr, dout_ptr, dy_ptr,
+            offs_l, offs_d[None, :], (offs_l < L) & mask[None, :], b, L, D,
+            0, stride_gb, stride_gl, stride_gd, stride_zb, stride_zl, stride_zd, 0, 0, 0,
+            PARTS=1, K=K, SLOPE=False, NVIDIA=NVIDIA,
+        )  # fmt: skip
+    tl.debug_barrier()  # other threads read what was stored
     for order in range(first, last):
         k = b * 0 + order  # int64
         a = tl.load(A_ptr + (k * blocks + block) * BLOCK_N * BLOCK_D + in_tile)
@@ -409,8 +423,7 @@ def _cross_scan_bwd_kernel(
                 for _ in range(chunk * STEPS, tl.minimum(chunk * STEPS + STEPS, L)):
                     o = tl.load(order_at)
                     u = _read(u_row + u_lane, mask, WHOLE)
-                    dy = _read(g_at + o * stride_gl, mask, WHOLE) * (1.0 / K)
-                    dy *= silu(_read(z_at + o * stride_zl, mask, WHOLE), NVIDIA)
+                    dy = _read(dy_at + o * D, mask, WHOLE)
                     d = softplus(_read(d_row + d_lane, mask, WHOLE) + bias)
                     bt = _read(B_row + offs_n, mask_n, WHOLE_N)
                     ct = _read(C_row + offs_n, mask_n, WHOLE_N)[:, None]
@@ -476,8 +489,7 @@ def _cross_scan_bwd_kernel(
                     C_row -= stride_Cl
                     o = tl.load(order_at)
                     u = _read(u_row + u_lane, mask, WHOLE)
-                    dy = _read(g_at + o * stride_gl, mask, WHOLE) * (1.0 / K)
-                    dy *= silu(_read(z_at + o * stride_zl, mask, WHOLE), NVIDIA)
+                    dy = _read(dy_at + o * D, mask, WHOLE)
                     d, slope = softplus_slope(_read(d_row + d_lane, mask, WHOLE) + bias, NVIDIA)
                     bt = _read(B_row + offs_n, mask_n, WHOLE_N)[:, None]
                     ct = _read(C_row + offs_n, mask_n, WHOLE_N)
@@ -511,7 +523,8 @@ def _cross_scan_bwd_kernel(
             offs_l = b * 0 + row + tl.arange(0, BLOCK_L)[:, None]
             _gate_rows(
                 y_ptr, z_ptr, dout_ptr, dz_ptr,
-                offs_l, offs_d[None, :], (offs_l < L) & mask[None, :], b, L, D, 0,
+                offs_l, offs_d[None, :], (offs_l < L) & mask[None, :], b, L, D,
+                0, L * D, D, 1,
                 stride_zb, stride_zl, stride_zd, stride_gb, stride_gl, stride_gd,
                 PARTS=1, K=K, SLOPE=True, NVIDIA=NVIDIA,
             )  # fmt: skip
@@ -644,18 +657,19 @@ def _launch_bwd(
         (needs[4], (blocks, count, batch, length, state)),
         (needs[5], (batch, count, dim)),
         (needs[7], (batch, count, dim)),
+        (True, (*parts, batch, length, dim)),
         (needs[1] or needs[7], (*parts, batch, length, dim)),
         (needs[6], (*parts, batch, length, dim)),
         (needs[1] or needs[7], (*parts, batch, blocks, chunks, *tile)),
     )
-    dA, dB, dC, dD, dbias, p, y, kept = (
+    dA, dB, dC, dD, dbias, dy, p, y, kept = (
         _workspace(u, *shape) if need else None for need, shape in shapes
     )
     B, C = _rows(B), _rows(C)
     _cross_scan_bwd_kernel[(batch * count if parallel else batch, blocks)](
         dout, u, delta, _tiles(A, *tile), B, C, D.contiguous(), z,
         delta_bias.contiguous(), orders.contiguous(),
-        *(u if t is None else t for t in (du, ddelta, dA, dB, dC, dD, dz, dbias, p, y, kept)),
+        *(u if t is None else t for t in (du, ddelta, dA, dB, dC, dD, dz, dbias, dy, p, y, kept)),
         batch, length, dim, *dout.stride(),
         *u.stride(), *delta.stride(), *B.stride()[:3], *C.stride()[:3], *z.stride(),
         K=count, N=state, STEPS=STEPS, LANES=sizes["BLOCK_D"] // sizes["CHANNELS"],
