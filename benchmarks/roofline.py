@@ -112,10 +112,10 @@ CARDS = (
 # the first passes over the chunks of a long sequence, and the cross scan forward.
 INSTRUCTIONS = {
     "sm_80": {
-        "forward": 8.6, "backward": 29.0, "first forward": 6.1, "first backward": 7.9, "cross": 8.1,
+        "forward": 8.6, "backward": 25.0, "first forward": 6.1, "first backward": 7.9, "cross": 8.1,
     },
     "sm_90": {
-        "forward": 8.5, "backward": 29.0, "first forward": 6.0, "first backward": 7.5, "cross": 8.7,
+        "forward": 8.5, "backward": 25.0, "first forward": 6.1, "first backward": 7.5, "cross": 8.7,
     },
 }  # fmt: skip
 # A scan is cut into chunks where it has fewer programs, of so many channels, a multiprocessor.
