@@ -22,7 +22,7 @@ from emrrg.system import memory_bytes
 log = logging.getLogger("emrrg.train")
 
 SAVED = ("step", "epoch", "batch", "samples", "bad_steps", "bad_images", "waited", "losses")
-PICTURES = 60.0  # seconds between them
+PICTURES = 120.0  # seconds between them
 ESTIMATE_AFTER = 20  # steps at most, after which the time of an epoch is told
 
 

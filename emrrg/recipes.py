@@ -14,7 +14,7 @@ from emrrg.errors import InputError
 RECIPES: dict[str, dict[str, Any]] = {
     "phantoms": {
         "train_studies": 3000, "val_studies": 48, "epochs": 4, "lr": 2e-3, "decoder_layers": 2,
-        "hybrid_every": 1,
+        "hybrid_every": 1, "save_every": 500,
     },
     "iu_xray": {
         "batch_size": 4, "epochs": 21, "max_report_tokens": 60,

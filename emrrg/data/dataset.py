@@ -8,6 +8,7 @@ a word between them.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -157,7 +158,10 @@ class PhantomStudies(Dataset[Study]):
         if processes > 1 and count >= 256:
             context = multiprocessing.get_context("fork" if os.name == "posix" else "spawn")
             try:
-                with ProcessPoolExecutor(processes, mp_context=context) as pool:
+                # Drawing leaves no cycles, and collecting touches all that came from the parent.
+                with ProcessPoolExecutor(
+                    processes, mp_context=context, initializer=gc.disable
+                ) as pool:
                     phantoms = list(pool.map(draw, indices, chunksize=32))
             except BrokenProcessPool as error:
                 raise InputError(
