@@ -26,7 +26,7 @@ from emrrg.heatmap import sentence_maps
 from emrrg.metrics.java import meteor_ahead
 from emrrg.metrics.table import score_table
 from emrrg.model import ReportGenerator
-from emrrg.neighbours import nearest_reports, neighbours_by_default
+from emrrg.neighbours import by_default, nearest_reports
 from emrrg.result_page import PATIENT_NOTICE, write_result_page
 from emrrg.runs import (
     CHECKSUMS,
@@ -247,9 +247,8 @@ def scoring_of(
     if asked.labels is not None:
         known = file_labels(Path(asked.labels), studies), f"file {asked.labels}"
     neighbours = None
-    if asked.neighbours is not False:
-        find = nearest_reports if asked.neighbours else neighbours_by_default
-        neighbours = find(model, studies, training, config, device)
+    if asked.neighbours or (asked.neighbours is None and by_default(model, training)):
+        neighbours = nearest_reports(model, studies, training, config, device)
     return Scoring(
         tokenization=asked.tokenization,
         uncertain=asked.uncertain,

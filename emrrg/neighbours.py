@@ -25,25 +25,18 @@ UNASKED = 20_000
 _MOST_SIMILARITIES = 2**24  # at once
 
 
-def neighbours_by_default(
-    model: ReportGenerator,
-    studies: Studies,
-    training: Studies,
-    config: TrainConfig,
-    device: torch.device,
-    stopped: Callable[[], bool] = lambda: False,
-) -> list[str] | None:
-    """As `nearest_reports`; None for a model that sees nothing, or where it would take long."""
+def by_default(model: ReportGenerator, training: Studies) -> bool:
+    """Whether to look for neighbours unasked: not where a model sees nothing, or it takes long."""
     if model.config.blind:
-        return None
+        return False
     if len(training) > UNASKED:
         log.info(
             "the nearest-neighbour baseline would read %d training studies: it is left out "
             "(emrrg.evaluate --neighbours has it)",
             len(training),
         )
-        return None
-    return nearest_reports(model, studies, training, config, device, stopped)
+        return False
+    return True
 
 
 def nearest_reports(

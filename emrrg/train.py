@@ -53,7 +53,7 @@ from emrrg.evaluation import (
 )
 from emrrg.metrics.java import meteor_ahead
 from emrrg.model import ReportGenerator
-from emrrg.neighbours import neighbours_by_default
+from emrrg.neighbours import by_default, nearest_reports
 from emrrg.optim import learning_rate, set_lr
 from emrrg.plots import plot_curves
 from emrrg.progress import Progress, clock
@@ -412,11 +412,12 @@ def finish(
     if before is not None and session.world.is_main:
         rows = json.loads((run / "predictions_before.json").read_text(encoding="utf-8"))
         earlier["before"] = {row["id"]: row["hypothesis"] for row in rows}
-    with meteor_ahead(session.world.is_main and not brief):
+    full = session.world.is_main and not brief
+    with meteor_ahead(full):
         scoring = default_scoring(studies["test"])
-        if session.world.is_main and not brief:
+        if full and by_default(session.model, studies["train"]):
             with session.timed("network"):
-                nearest = neighbours_by_default(
+                nearest = nearest_reports(
                     session.model,
                     studies["test"],
                     studies["train"],

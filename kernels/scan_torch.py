@@ -735,8 +735,7 @@ class _Backward:
         chunk = block.chunk
         for i in reversed(range(block.count)):
             if self.need_states:
-                start = self.starts.pop()
-                block.states_and_arrived(i, start)
+                block.states_and_arrived(i, self.starts.pop())
             elif self.need_gradient:
                 block.decays(i)
             if outputs is not None:
