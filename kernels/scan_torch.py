@@ -61,27 +61,32 @@ def scan_forward(
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output and the last state; `kept`, in `kept_shape`, gets states for `scan_backward`."""
-    scan = _scan(u, delta, A, B, C, D, delta_bias, initial_state, flags, delta_softplus, reverse)
+    if reverse:
+        u, delta, B, C = (_flip(x) for x in (u, delta, B, C))
+        z, flags = _flip_given(z), _flip_given(flags)
+    scan = _scan(u, delta, A, B, C, D, delta_bias, initial_state, flags, delta_softplus)
     groups = scan.A.shape[0]
     out, last = u.new_empty(u.shape), scan.A.new_empty(u.shape[0], *A.shape)
     memory = _Memory(scan.A)
     out_steps, z_steps = _steps(out, groups), None if z is None else _steps(z, groups)
     for part in scan.parts():
-        state = part.of(_state(last, groups))
-        ours = None if kept is None else part.of(kept)
-        for block, y in _outputs(part.of_scan(scan), state, memory, ours):
-            if z_steps is None:
-                block.join(block.mask(y), part.of(out_steps))
+        walk = _Walk(part.of_scan(scan), memory)
+        outs = walk.blocks(part.of(out_steps))
+        gates = None if z_steps is None else walk.blocks(part.of(z_steps))
+        ours = () if kept is None else part.of_states(kept)
+        for block, y in _outputs(walk, part.of(_state(last, groups)), ours):
+            if gates is None:
+                outs[block.number].copy_(block.mask(y))
             else:
-                gate = block.cut(part.of(z_steps))
-                gate = torch.ops.aten.silu.out(gate, out=block.room("spare"))
-                block.put(part.of(out_steps), torch.mul, y, gate)
-    return out, last
+                gate = block.values(gates)
+                gate = torch.ops.aten.silu.out(gate, out=block.room("spare").all)
+                block.put(outs, torch.mul, y, gate)
+    return out.flip(1) if reverse else out, last
 
 
 def kept_shape(batch: int, length: int, dim: int, state: int, groups: int) -> tuple[int, ...]:
-    """Of the states before steps STEPS, 2 STEPS, ..., (G, B, ..., N, D / G), in A's precision."""
-    return groups, batch, length // STEPS, state, dim // groups
+    """Of the states before steps STEPS, 2 STEPS, ..., (..., G, B, N, D / G), in A's precision."""
+    return length // STEPS, groups, batch, state, dim // groups
 
 
 def scan_backward(
@@ -103,7 +108,11 @@ def scan_backward(
     kept: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The nine gradients; without what the forward kept its states are computed once more."""
-    scan = _scan(u, delta, A, B, C, D, delta_bias, initial_state, flags, delta_softplus, reverse)
+    given = B, C
+    if reverse:
+        u, delta, B, C = (_flip(x) for x in (u, delta, B, C))
+        z, flags, dout = (_flip_given(x) for x in (z, flags, dout))
+    scan = _scan(u, delta, A, B, C, D, delta_bias, initial_state, flags, delta_softplus)
     groups = scan.A.shape[0]
     du, ddelta, dz = (
         x.new_empty(x.shape) if need and x is not None else None
@@ -119,32 +128,41 @@ def scan_backward(
     end_gradient = None if dlast is None else _state(dlast.to(scan.A.dtype), groups)
     memory = _Memory(scan.A)
     for part in scan.parts():
+        walk = _Walk(part.of_scan(scan), memory)
         end = None if end_gradient is None else part.of(end_gradient)
-        ours = None if kept is None else part.of(kept)
-        backward = _Backward(part.of_scan(scan), part.of_grads(grads), end, memory, ours)
-        for block in backward.blocks(need_output=dz_steps is not None):
+        ours = () if kept is None else part.of_states(kept)
+        backward = _Backward(walk, part.of_grads(grads), end, ours)
+        gates, douts, dzs = (
+            None if x is None else walk.blocks(part.of(x)) for x in (z_steps, dout_steps, dz_steps)
+        )
+        for block in backward.blocks(need_output=dzs is not None):
             dy, y = block.room("dy"), None
-            if dout_steps is None:
-                dy.zero_()
-            elif z_steps is None:
-                dy.copy_(block.cut(part.of(dout_steps)))
+            if douts is None:
+                dy.all.zero_()
+            elif gates is None:
+                dy.all.copy_(douts[block.number])
             else:
-                gradient, gate = block.cut(part.of(dout_steps)), block.cut(part.of(z_steps))
-                if dz_steps is not None:
-                    y, slope = block.room("y"), block.room("slope")
+                gradient, gate = block.values(douts), block.values(gates)
+                if dzs is not None:
+                    y, slope = block.room("y"), block.room("slope").all
                     torch.ops.aten.silu_backward.grad_input(gradient, gate, grad_input=slope)
-                gate = torch.ops.aten.silu.out(gate, out=block.room("spare"))
-                torch.mul(gradient, gate, out=dy)
-            backward.run(block, block.mask(dy), y)
-            if dz_steps is not None and y is not None:
-                block.put(part.of(dz_steps), torch.mul, y, slope)
+                gate = torch.ops.aten.silu.out(gate, out=block.room("spare").all)
+                torch.mul(gradient, gate, out=dy.all)
+            block.mask(dy.all)
+            backward.run(block, dy, y)
+            if dzs is not None and y is not None:
+                block.put(dzs, torch.mul, y.all, slope)
     dA, dinitial = grads.A, grads.initial
+    dB, dC = (_of_coefficients(x, like) for x, like in zip((grads.B, grads.C), given, strict=True))
+    if reverse:
+        du, ddelta, dz = (_flip_given(x) for x in (du, ddelta, dz))
+        dB, dC = (None if x is None else _flip(x) for x in (dB, dC))
     return (
         du,
         ddelta,
         None if dA is None else _like(dA.mT, A),
-        _of_coefficients(grads.B, B),
-        _of_coefficients(grads.C, C),
+        dB,
+        dC,
         None if D is None else _like(grads.D, D),
         dz,
         None if delta_bias is None else _like(grads.bias, delta_bias),
@@ -167,8 +185,8 @@ def cross_forward(
     scan = _cross(u, delta, A, B, C, D, delta_bias)
     total, memory = scan.A.new_zeros(z.shape), _Memory(scan.A)
     for part in scan.parts():
-        ours, tokens = part.of_scan(scan), part.of_tokens(total)
-        for block, y in _outputs(ours, ours.start(), memory):
+        walk, tokens = _Walk(part.of_scan(scan), memory), part.of_tokens(total)
+        for block, y in _outputs(walk, walk.scan.start()):
             block.add_tokens(tokens, orders, y)
     total *= F.silu(z.to(total.dtype))
     return total.div_(len(orders)).to(z.dtype)
@@ -199,13 +217,13 @@ def cross_backward(
     if needs[6]:
         total = scan.A.new_zeros(z.shape)
     for part in scan.parts():
-        backward = _Backward(part.of_scan(scan), part.of_grads(grads), None, memory)
+        backward = _Backward(_Walk(part.of_scan(scan), memory), part.of_grads(grads))
         for block in backward.blocks(need_output=total is not None):
-            y = None if total is None else block.room("y")
-            dy = block.take_tokens(part.of_tokens(dy_tokens), orders, block.room("dy"))
+            dy, y = block.room("dy"), None if total is None else block.room("y")
+            block.take_tokens(part.of_tokens(dy_tokens), orders, dy.all)
             backward.run(block, dy, y)
             if total is not None and y is not None:
-                block.add_tokens(part.of_tokens(total), orders, y)
+                block.add_tokens(part.of_tokens(total), orders, y.all)
     dz = None
     if total is not None:
         dz = torch.ops.aten.silu_backward(total.mul_(dout).div_(len(orders)), gate).to(z.dtype)
@@ -281,7 +299,6 @@ class _Scan:
     initial: Tensor | None  # (G, B, N, D)
     flags: Tensor | None  # (B, L)
     softplus: bool
-    reverse: bool
 
     @cached_property
     def largest_rate(self) -> float:
@@ -303,21 +320,21 @@ class _Scan:
             for channel in range(0, dim, channels):
                 yield _Part(slice(sample, sample + samples), slice(channel, channel + channels))
 
-    def ranges(self) -> list[tuple[slice, int]]:
-        """The steps of each block in the order of the visit, and the steps of its chunks."""
+    def cuts(self) -> list[_Cut]:
+        """All steps: blocks of as many chunks as fit, the chunks left, the steps left."""
         groups, batch, length, dim = self.u.shape
         step, state = max(1, groups * batch * dim), self.A.shape[-2]
         size = max(self.chunk() // (step * state), STEPS, state // 4) // STEPS * STEPS
         size = min(size, max(length, 1))
-        span = size * max(1, min(length, BLOCK // step) // size)
-        whole = length // size * size
-        edges = [*range(0, whole, span), whole] if whole else [0]
-        ranges = [(a, b, size) for a, b in itertools.pairwise(edges)]
-        if whole < length:
-            ranges.append((whole, length, length - whole))
-        if self.reverse:
-            ranges = [(length - b, length - a, size) for a, b, size in ranges]
-        return [(slice(a, b), size) for a, b, size in ranges]
+        chunks = max(1, min(length, BLOCK // step) // size)
+        blocks, rest = divmod(length // size, chunks)
+        cuts, start = [], 0
+        for shape in ((blocks, chunks, size), (1, rest, size), (1, 1, length % size)):
+            stop = start + math.prod(shape)
+            if stop > start:
+                cuts.append(_Cut(slice(start, stop), *shape))
+            start = stop
+        return cuts
 
     def start(self) -> Tensor:
         """(G, B, N, D), the state before the first step, free to be written."""
@@ -335,8 +352,12 @@ class _Part:
     channels: slice
 
     def of(self, x: Tensor) -> Tensor:
-        """Of (G, B, L, D), of a state (G, B, N, D), or of many of them (G, B, ..., N, D)."""
-        return x[:, self.samples, ..., self.channels]
+        """Of (G, B, L, D) or of a state, (G, B, N, D)."""
+        return x[:, self.samples, :, self.channels]
+
+    def of_states(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Each of (..., G, B, N, D)."""
+        return x[:, :, self.samples, :, self.channels].unbind()
 
     def of_tokens(self, x: Tensor) -> Tensor:
         """Of (B, L, D)."""
@@ -401,6 +422,62 @@ class _Grads:
         return cls(u, delta, *sums)
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """Successive steps of a scan: blocks of chunks of `size` steps."""
+
+    steps: slice
+    blocks: int
+    chunks: int
+    size: int
+
+    def blocks_of(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(G, B, L, X) as (chunks, G, B, S, X) for each block, views."""
+        x = x[:, :, self.steps].unflatten(2, (self.blocks, self.chunks, self.size))
+        return x.permute(2, 3, 0, 1, 4, 5).unbind()
+
+    def chunks_of(self, x: Tensor) -> Tensor:
+        """(G, B, L, X) as (all chunks, G, B, S, X), a view."""
+        return x[:, :, self.steps].unflatten(2, (-1, self.size)).permute(2, 0, 1, 3, 4)
+
+
+class _Chunks:
+    """Chunks (n, G, B, S, X), those of each cut, in the views that operations with states take.
+
+    Cutting a view takes about as long as computing in it, so each is cut once.
+
+    Args:
+        tensors: of each cut; or the same for all steps, (n, G, 1, S, N, D).
+        axis: 4 for channels, which states have last, 5 for states.
+    """
+
+    def __init__(self, *tensors: Tensor, axis: int = 4) -> None:
+        self.tensors, self.axis = tensors, axis
+        self.fixed = any(x.ndim == 6 for x in tensors)
+
+    @property
+    def all(self) -> Tensor:
+        """The only tensor."""
+        (x,) = self.tensors
+        return x
+
+    @cached_property
+    def factors(self) -> list[Tensor]:
+        """Of each chunk, (G, B, S, 1, D) or (G, B, S, N, 1)."""
+        wide = (x if x.ndim == 6 else x.unsqueeze(self.axis) for x in self.tensors)
+        return [factor for x in wide for factor in x.unbind()]
+
+    @cached_property
+    def steps(self) -> list[tuple[Tensor, ...]]:
+        """Of each chunk its steps, (G, B, 1, D); for a block alone, since they are many."""
+        return [factor.unbind(2) for factor in self.factors]
+
+    @cached_property
+    def rows(self) -> list[Tensor]:
+        """Of each chunk a row for each matrix of states, (G B S, 1, X)."""
+        return [row for x in self.tensors for row in x.view(len(x), -1, 1, x.shape[-1]).unbind()]
+
+
 _thread = threading.local()
 
 
@@ -416,33 +493,34 @@ class _Memory:
     def __init__(self, like: Tensor) -> None:
         self.like = like
         self.flat: dict[str, Tensor] = vars(_thread).setdefault(str(like.dtype), {})
-        self.shaped: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-        self.chunks: dict[tuple[int, ...], _Chunk] = {}
+        self.shaped: dict[tuple[str, tuple[int, ...]], _Chunks] = {}
+        self.states: dict[tuple[int, ...], _States] = {}
 
     def room(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A contiguous buffer, the same for the same name; what it held is lost."""
-        buffer = self.shaped.get((name, shape))
-        if buffer is None:
-            flat, size = self.flat.get(name), math.prod(shape)
-            if flat is None or len(flat) < size:
-                with torch.inference_mode(False):  # it may serve outside of that mode later
-                    flat = torch.empty(size, dtype=self.like.dtype, device=self.like.device)
-                if size <= KEPT:
-                    self.flat[name] = flat
-            buffer = self.shaped[name, shape] = flat[:size].view(shape)
-        return buffer
+        """A contiguous buffer, the same memory for the same name; what it held is lost."""
+        flat, size = self.flat.get(name), math.prod(shape)
+        if flat is None or len(flat) < size:
+            with torch.inference_mode(False):  # it may serve outside of that mode later
+                flat = torch.empty(size, dtype=self.like.dtype, device=self.like.device)
+            if size <= KEPT:
+                self.flat[name] = flat
+        return flat[:size].view(shape)
 
-    def chunk(self, shape: tuple[int, ...]) -> _Chunk:
+    def chunks(self, name: str, shape: tuple[int, ...]) -> _Chunks:
+        """Room for a block, the same for the same name and shape."""
+        if (name, shape) not in self.shaped:
+            self.shaped[name, shape] = _Chunks(self.room(name, shape))
+        return self.shaped[name, shape]
+
+    def chunk(self, shape: tuple[int, ...]) -> _States:
         """Room for a chunk of states, the same for the same shape."""
-        if shape not in self.chunks:
-            self.chunks[shape] = _Chunk(self, shape)
-        return self.chunks[shape]
+        if shape not in self.states:
+            self.states[shape] = _States(self, shape)
+        return self.states[shape]
 
 
-class _Chunk:
-    """Room for the states of a chunk, (G, B, S, N, D), and its views.
-
-    Cutting a view takes about as long as computing in it, so each is cut once.
+class _States:
+    """Room for the states of a chunk, (G, B, S, N, D), and its views, each cut once.
 
     Args:
         memory: where it is put.
@@ -453,9 +531,21 @@ class _Chunk:
         self.memory, self.shape = memory, shape
         self.decay, self.states = memory.room("decay", shape), memory.room("states", shape)
         self.decay_steps, self.states_steps = self.decay.unbind(2), self.states.unbind(2)
-        self.decay_matrices, self.states_matrices = (
-            x.view(-1, *shape[-2:]) for x in (self.decay, self.states)
-        )
+        self.matrices = self.states.view(-1, *shape[-2:])  # (G B S, N, D)
+        self.columns = self.matrices.mT
+        # From the last step but one to the first, its states and the decays of the step after it.
+        pairs = zip(self.states_steps[:-1], self.decay_steps[1:], strict=True)
+        self.backwards = list(pairs)[::-1]
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """(G B, S, N D)."""
+        groups, batch, steps, state, dim = self.shape
+        return x.view(groups * batch, steps, state * dim)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The states as (G B, S, N D)."""
+        return self._rows(self.states)
 
     @cached_property
     def arrived(self) -> Tensor:
@@ -463,15 +553,14 @@ class _Chunk:
         return self.memory.room("arrived", self.shape)
 
     @cached_property
-    def arrived_steps(self) -> tuple[Tensor, ...]:
-        """Each (G, B, N, D)."""
-        return self.arrived.unbind(2)
+    def rooms(self) -> tuple[tuple[Tensor, ...], ...]:
+        """Of states, `arrived` and decays, each step's (G, B, N, D)."""
+        return self.states_steps, self.arrived.unbind(2), self.decay_steps
 
     @cached_property
-    def arrived_rows(self) -> Tensor:
-        """(G B, S, N D)."""
-        groups, batch, steps, state, dim = self.shape
-        return self.arrived.view(groups * batch, steps, state * dim)
+    def arrived_matrices(self) -> Tensor:
+        """(G B S, N, D)."""
+        return self.arrived.view(self.matrices.shape)
 
     @cached_property
     def spare(self) -> Tensor:
@@ -489,105 +578,113 @@ class _Chunk:
         )
 
 
+class _Walk:
+    """The steps of a part in blocks of chunks, with the views of all inputs by block and chunk.
+
+    Args:
+        scan: the part.
+        memory: where blocks are put, one after the other at the same places.
+    """
+
+    def __init__(self, scan: _Scan, memory: _Memory) -> None:
+        self.scan, self.memory, self.cuts = scan, memory, scan.cuts()
+        # Of each block its cut, the number of its first chunk, its steps.
+        self.places: list[tuple[_Cut, int, slice]] = []
+        first = 0
+        for cut in self.cuts:
+            span = cut.chunks * cut.size
+            for start in range(cut.steps.start, cut.steps.stop, span):
+                self.places.append((cut, first, slice(start, start + span)))
+                first += cut.chunks
+        self.u, self.delta = self.blocks(scan.u), self.blocks(scan.delta)
+        self.reset: list[Tensor] | None = None  # of each chunk, (1, B, S, 1, 1)
+        self.skip: list[Tensor] | None = None  # of each block, (chunks, 1, B, S, 1)
+        B, C = scan.B, scan.C
+        if scan.flags is not None:
+            flags = scan.flags[None, ..., None]
+            skip, reset = (flags & SKIP).bool(), (flags & RESET).bool()
+            self.skip = self.blocks(skip)
+            self.reset = [x for cut in self.cuts for x in cut.chunks_of(reset)[..., None].unbind()]
+            B, C = (x if x.ndim == 5 else x.masked_fill(skip, 0.0) for x in (B, C))
+        self.B, self.C = self.coefficients(B), self.coefficients(C)
+
+    def blocks(self, x: Tensor) -> list[Tensor]:
+        """(G, B, L, X) as (chunks, G, B, S, X) for each block, views."""
+        return [block for cut in self.cuts for block in cut.blocks_of(x)]
+
+    def coefficients(self, x: Tensor) -> _Chunks:
+        """B or C, (G, B, L, N), or the same for all steps, (G, 1, 1, N, D)."""
+        if x.ndim == 4:
+            return _Chunks(*(cut.chunks_of(x).contiguous() for cut in self.cuts), axis=5)
+        counts = [(cut.blocks * cut.chunks, cut.size) for cut in self.cuts]
+        return _Chunks(*(x[None].expand(n, -1, -1, size, -1, -1) for n, size in counts))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
 class _Block:
     """Successive steps of a part of a scan, in chunks of S: (chunks, G, B, S, ...), as visited.
 
     What has no states is computed for all chunks at once.
 
     Args:
-        scan: the part.
-        steps: which of 0 ... L-1.
-        size: S, a divisor of their number.
-        memory: where everything is put; the next block puts it at the same places.
+        walk: the part's.
+        number: of the block; what another computed is lost.
     """
 
-    def __init__(self, scan: _Scan, steps: slice, size: int, memory: _Memory) -> None:
-        self.scan, self.place, self.memory = scan, steps, memory
-        self.count = (steps.stop - steps.start) // size
+    def __init__(self, walk: _Walk, number: int) -> None:
+        cut, self.first, self.place = walk.places[number]
+        self.walk, self.scan, self.number, self.count = walk, walk.scan, number, cut.chunks
+        scan = walk.scan
         groups, batch, _, dim = scan.u.shape
-        state = scan.A.shape[-2]
-        self.small = (self.count, groups, batch, size, dim)
-        self.rows = (self.count, groups, batch, size, state)
-        u, before = self.cut(scan.u), self.cut(scan.delta)
+        self.shape = (cut.chunks, groups, batch, cut.size, dim)
+        self.chunk = walk.memory.chunk((groups, batch, cut.size, scan.A.shape[-2], dim))
+        self.skip = None if walk.skip is None else walk.skip[number]
+        u, before = self.values(walk.u), self.values(walk.delta)
         if scan.bias is not None:
-            before = torch.add(before, scan.bias, out=self.room("before"))
-        self.before = step = before
+            before = torch.add(before, scan.bias, out=self.room("before").all)
+        self.before, self.step, self.step_u = before, self.room("step"), self.room("step_u")
         if scan.softplus:
-            step = F.softplus(before, out=self.room("step"))  # type: ignore[call-arg]
-        B, C = (x if x.ndim == 5 else self.cut(x).contiguous() for x in (scan.B, scan.C))
-        self.reset = self.skip = None
-        if scan.flags is not None:
-            flags = self.cut(scan.flags[None, ..., None], torch.uint8)
-            self.reset, self.skip = (flags & RESET).bool()[..., None], (flags & SKIP).bool()
+            F.softplus(before, out=self.step.all)  # type: ignore[call-arg]
+        else:
+            self.step.all.copy_(before)
+        if self.skip is not None:
             # A step of size 0 of an input 0: what padding holds, even NaN, reaches nothing.
-            u, step = u.masked_fill(self.skip, 0.0), step.masked_fill(self.skip, 0.0)
-            B = B if B is scan.B else B.masked_fill(self.skip, 0.0)
-            C = C if C is scan.C else C.masked_fill(self.skip, 0.0)
-        self.u, self.step = u, step
-        self.step_u = torch.mul(step, u, out=self.room("step_u"))
+            u = u.masked_fill(self.skip, 0.0)
+            self.mask(self.step.all)
+        self.u = u
+        torch.mul(self.step.all, u, out=self.step_u.all)
         # An exp that underflows takes a hundred times as long.
         self.tiny = torch.finfo(scan.A.dtype).tiny
-        low, high = (x.item() for x in step.aminmax())
+        low, high = (x.item() for x in self.step.all.aminmax())
         self.underflow = max(-low, high) * scan.largest_rate > -math.log(self.tiny)
-        self.chunk = memory.chunk((groups, batch, size, state, dim))
-        # By chunk: B and C as factors of states, and as rows where they depend on the input.
-        self.B, self.B_rows = self._coefficients(B, scan.B)
-        self.C, self.C_rows = self._coefficients(C, scan.C)
-        self.steps = step.unsqueeze(4).unbind()
-        self.steps_u = self.step_u.unsqueeze(4).unbind()
 
-    def _coefficients(
-        self, x: Tensor, given: Tensor
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor] | None]:
-        if x is given and x.ndim == 5:
-            return [x] * self.count, None
-        return x.unsqueeze(5).unbind(), self.row_of_each(x)
-
-    def row_of_each(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(chunks, G, B, S, X) as a row for each matrix of states: for each chunk (G B S, 1, X)."""
-        return x.view(self.count, -1, 1, x.shape[-1]).unbind()
-
-    def room(self, name: str) -> Tensor:
+    def room(self, name: str) -> _Chunks:
         """A buffer (chunks, G, B, S, D)."""
-        return self.memory.room(name, self.small)
+        return self.walk.memory.chunks(name, self.shape)
 
-    def rows_room(self, name: str) -> Tensor:
-        """A buffer (chunks, G, B, S, N)."""
-        return self.memory.room(name, self.rows)
+    def values(self, blocks: Sequence[Tensor]) -> Tensor:
+        """This block's of those of `_Walk.blocks`, in the precision that is computed in."""
+        return blocks[self.number].to(self.scan.A.dtype)
 
-    def _chunks(self, steps: Tensor) -> Tensor:
-        """A view of the block's steps, (G, B, ..., X)."""
-        return steps.unflatten(2, (self.count, -1)).permute(2, 0, 1, 3, 4)
-
-    def cut(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The block's steps of x (G, B, L, ...) in chunks, a view unless something changes."""
-        x = x[:, :, self.place].to(dtype or self.scan.A.dtype)
-        return self._chunks(x.flip(2) if self.scan.reverse else x)
-
-    def join(self, chunks: Tensor, into: Tensor) -> None:
-        """Write chunks to where `cut` reads them."""
-        steps = into[:, :, self.place]
-        if self.scan.reverse:
-            steps.copy_(chunks.permute(1, 2, 0, 3, 4).flatten(2, 3).flip(2))
-        else:
-            self._chunks(steps).copy_(chunks)
-
-    def put(self, into: Tensor | None, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
-        """function(*values), 0 in padding, written to where `cut` reads; None: to a buffer."""
-        dtype = self.scan.A.dtype
-        if into is not None and not self.scan.reverse and self.skip is None and into.dtype == dtype:
-            return function(*values, out=self._chunks(into[:, :, self.place]))
-        chunks = self.mask(function(*values, out=self.room("spare")))
+    def put(
+        self, blocks: Sequence[Tensor] | None, function: Callable[..., Tensor], *values: Tensor
+    ) -> Tensor:
+        """function(*values), 0 in padding, written to this one of the blocks; None: to a buffer."""
+        into = None if blocks is None else blocks[self.number]
+        if into is not None and self.skip is None and into.dtype == self.scan.A.dtype:
+            return function(*values, out=into)
+        chunks = self.mask(function(*values, out=self.room("spare").all))
         if into is not None:
-            self.join(chunks, into)
+            into.copy_(chunks)
         return chunks
 
-    def take_tokens(self, x: Tensor, orders: Tensor, chunks: Tensor) -> Tensor:
+    def take_tokens(self, x: Tensor, orders: Tensor, chunks: Tensor) -> None:
         """What the orders (G, L) visit of x (B, L, D) at these steps, written to chunks."""
         for group, order in enumerate(orders[:, self.place]):
             for i, tokens in enumerate(order.view(self.count, -1)):
                 torch.index_select(x, 1, tokens, out=chunks[i, group])
-        return chunks
 
     def add_tokens(self, x: Tensor, orders: Tensor, chunks: Tensor) -> None:
         """Add to x (B, L, D) at the places where `take_tokens` reads."""
@@ -601,20 +698,20 @@ class _Block:
 
     def decays(self, i: int) -> None:
         """Compute exp(d A) of chunk i, 0 where a sequence begins, where the chunk has its room."""
-        decay = torch.mul(self.steps[i], self.scan.A, out=self.chunk.decay)
+        decay = torch.mul(self.step.factors[i], self.scan.A, out=self.chunk.decay)
         if self.underflow:
             decay.clamp_(min=math.log(self.tiny)).exp_()
             torch.threshold_(decay, 2 * self.tiny, 0.0)
         else:
             decay.exp_()
-        if self.reset is not None:
-            decay.masked_fill_(self.reset[i], 0.0)
+        if self.walk.reset is not None:
+            decay.masked_fill_(self.walk.reset[self.first + i], 0.0)
 
     def states(self, i: int, before: Tensor) -> None:
         """Compute h after each step of chunk i, and the decays, where the chunk has its room."""
         self.decays(i)
         chunk = self.chunk
-        torch.mul(self.B[i], self.steps_u[i], out=chunk.states)
+        torch.mul(self.walk.B.factors[self.first + i], self.step_u.factors[i], out=chunk.states)
         for h, a in zip(chunk.states_steps, chunk.decay_steps, strict=True):
             h.addcmul_(a, before)
             before = h
@@ -622,71 +719,68 @@ class _Block:
     def states_and_arrived(self, i: int, before: Tensor) -> None:
         """Compute also a_t h_{t-1}."""
         self.decays(i)
-        chunk, step_u = self.chunk, self.steps_u[i].unbind(2)
-        B = self.B[i].expand(-1, -1, len(step_u), -1, -1).unbind(2)
-        rooms = zip(chunk.states_steps, chunk.arrived_steps, chunk.decay_steps, strict=True)
-        for (h, arrived, a), b, x in zip(rooms, B, step_u, strict=True):
+        B, step_u = self.walk.B.factors[self.first + i].unbind(2), self.step_u.steps[i]
+        for h, arrived, a, b, x in zip(*self.chunk.rooms, B, step_u, strict=True):
             torch.mul(a, before, out=arrived)
             torch.addcmul(arrived, b, x, out=h)
             before = h
 
     def output(self, i: int, out: Tensor) -> None:
         """<C, h> of chunk i into (G B S, 1, D)."""
-        self._sum_states(self.C[i], self.C_rows, i, self.chunk.states_matrices, out)
+        self._sum_states(self.walk.C, i, out)
 
     def moved(self, i: int, out: Tensor) -> None:
-        """<B, g> of chunk i into (G B S, 1, D)."""
-        self._sum_states(self.B[i], self.B_rows, i, self.chunk.states_matrices, out)
+        """<B, g> of chunk i, whose states gave way to g, into (G B S, 1, D)."""
+        self._sum_states(self.walk.B, i, out)
 
-    def _sum_states(
-        self, x: Tensor, rows: Sequence[Tensor] | None, i: int, matrices: Tensor, out: Tensor
-    ) -> None:
-        """B or C of chunk i times states or their gradients (G B S, N, D), summed over N."""
-        if rows is None:
-            spare = self.chunk.spare
-            torch.mul(matrices.view(spare.shape), x, out=spare)
-            torch.sum(spare, 3, out=out.view(spare[:, :, :, 0].shape))
+    def _sum_states(self, x: _Chunks, i: int, out: Tensor) -> None:
+        """B or C of chunk i times what is in the states' room, summed over N."""
+        chunk = self.chunk
+        if x.fixed:
+            torch.mul(chunk.states, x.factors[self.first + i], out=chunk.spare)
+            torch.sum(chunk.spare, 3, out=out.view(chunk.spare[:, :, :, 0].shape))
         else:
-            torch.bmm(rows[i], matrices, out=out)
+            torch.bmm(x.rows[self.first + i], chunk.matrices, out=out)
 
-    def add_sums(
-        self, into: Tensor, y: Tensor, y_rows: Tensor, matrices: Tensor, sums: Tensor
-    ) -> None:
-        """y (G, B, S, 1, D) times (G B S, N, D): summed over D to `sums`, or added to (G, N, D)."""
-        if into.ndim == 5:
-            spare = self.chunk.spare
-            torch.mul(matrices.view(spare.shape), y, out=spare)
-            into += spare.sum((1, 2), keepdim=True)
-        else:
+    def add_sums(self, into: Tensor | _Chunks, i: int, y: _Chunks) -> None:
+        """y times what is in the states' room of chunk i, summed over D into a row of each matrix.
+
+        Where `into` is (G, 1, 1, N, D), of a B or C that is the same for all steps, it is added.
+        """
+        chunk = self.chunk
+        if isinstance(into, _Chunks):
             # A row times a transposed matrix is several times as fast as the matrix times a column.
-            torch.bmm(y_rows, matrices.mT, out=sums)
+            torch.bmm(y.rows[i], chunk.columns, out=into.rows[self.first + i])
+        else:
+            torch.mul(chunk.states, y.factors[i], out=chunk.spare)
+            into += chunk.spare.sum((1, 2), keepdim=True)
 
 
 class _Backward:
     """The backward of a part of a scan: `for block in blocks(): run(block, dy)`.
 
     Args:
-        scan: the part.
+        walk: the part's.
         grads: where its gradients go.
         end: (G, B, N, D), the last state's gradient; None: zeros.
-        memory: for blocks.
-        kept: (G, B, ..., N, D) of `_outputs`; None: they are computed again.
+        kept: states of `_outputs`, (G, B, N, D) each; none: they are computed again.
     """
 
     def __init__(
         self,
-        scan: _Scan,
+        walk: _Walk,
         grads: _Grads,
-        end: Tensor | None,
-        memory: _Memory,
-        kept: Tensor | None = None,
+        end: Tensor | None = None,
+        kept: Sequence[Tensor] = (),
     ) -> None:
-        self.scan, self.grads, self.memory, self.kept, g = scan, grads, memory, kept, grads
-        self.carry = torch.zeros_like(scan.start()) if end is None else _copy(end)
+        self.walk, self.scan, self.grads, self.kept, g = walk, walk.scan, grads, kept, grads
+        self.carry = torch.zeros_like(self.scan.start()) if end is None else _copy(end)
         groups, batch, state, dim = self.carry.shape
         self.dA = None  # of each sample
         if g.A is not None:
             self.dA = self.carry.new_zeros(groups * batch, 1, state * dim)
+        self.dB, self.dC = self._sums(g.B), self._sums(g.C)
+        self.du, self.ddelta = (None if x is None else walk.blocks(x) for x in (g.u, g.delta))
         self.need_step = g.delta is not None or g.bias is not None
         self.need_decay = self.need_step or g.A is not None
         self.need_moved = self.need_step or g.u is not None
@@ -695,31 +789,45 @@ class _Backward:
         )
         self.need_states = self.need_decay or g.C is not None
 
+    def _sums(self, x: Tensor | None) -> Tensor | _Chunks | None:
+        """Room for the gradient of B or C."""
+        if x is None or x.ndim == 5:
+            return x
+        return _Chunks(
+            *(
+                torch.empty_like(cut.chunks_of(x), memory_format=torch.contiguous_format)
+                for cut in self.walk.cuts
+            )
+        )
+
     def blocks(self, need_output: bool) -> Iterator[_Block]:
         """The blocks from the last to the first; `need_output`: each will be `run` with a y."""
-        ranges = self.scan.ranges()
+        walk, grads = self.walk, self.grads
         self.need_states |= need_output
         self.starts = [self.scan.start()]  # the state before each chunk
-        if self.need_states and self.kept is not None:
-            edges = itertools.accumulate(
-                size for steps, size in ranges for _ in range(steps.start, steps.stop, size)
-            )
-            self.starts += [self.kept[:, :, edge // STEPS - 1] for edge in list(edges)[:-1]]
+        if self.need_states and self.kept:
+            sizes = (cut.size for cut, *_ in walk.places for _ in range(cut.chunks))
+            edges = list(itertools.accumulate(sizes))
+            self.starts += [self.kept[edge // STEPS - 1] for edge in edges[:-1]]
         elif self.need_states:
-            for n, (steps, size) in enumerate(ranges, 1):
-                block = _Block(self.scan, steps, size, self.memory)
-                for i in range(block.count - (n == len(ranges))):
+            for number in range(len(walk)):
+                block = _Block(walk, number)
+                for i in range(block.count - (number == len(walk) - 1)):
                     block.states(i, self.starts[-1])
                     self.starts.append(_copy(block.chunk.states_steps[-1]))
-        for steps, size in reversed(ranges):
-            yield _Block(self.scan, steps, size, self.memory)
-        if self.grads.initial is not None:
-            self.grads.initial.copy_(self.carry)
-        if self.grads.A is not None and self.dA is not None:
+        for number in reversed(range(len(walk))):
+            yield _Block(walk, number)
+        if grads.initial is not None:
+            grads.initial.copy_(self.carry)
+        if grads.A is not None and self.dA is not None:
             samples = self.dA.view(self.carry.shape)
-            self.grads.A += samples.sum(1)[:, None, None]
+            grads.A += samples.sum(1)[:, None, None]
+        for sums, into in ((self.dB, grads.B), (self.dC, grads.C)):
+            if isinstance(sums, _Chunks) and into is not None:
+                for cut, x in zip(walk.cuts, sums.tensors, strict=True):
+                    cut.chunks_of(into).add_(x)
 
-    def run(self, block: _Block, dy: Tensor, y: Tensor | None) -> None:
+    def run(self, block: _Block, dy: _Chunks, y: _Chunks | None) -> None:
         """The gradients of a block.
 
         Args:
@@ -727,86 +835,78 @@ class _Backward:
             dy: (chunks, G, B, S, D), the gradient of <C, h> + D u; 0 in padding.
             y: gets <C, h> + D u; None: not needed.
         """
-        grads, rows = self.grads, block.row_of_each
-        dy_steps, dy_rows, step_u_rows = dy.unsqueeze(4).unbind(), rows(dy), rows(block.step_u)
-        outputs = None if y is None else rows(y)
-        moved, powers = rows(block.room("moved")), rows(block.room("powers"))
-        dB, dC = rows(block.rows_room("dB")), rows(block.rows_room("dC"))
-        chunk = block.chunk
+        moved, powers = block.room("moved"), block.room("powers")
         for i in reversed(range(block.count)):
             if self.need_states:
                 block.states_and_arrived(i, self.starts.pop())
             elif self.need_gradient:
                 block.decays(i)
-            if outputs is not None:
-                block.output(i, outputs[i])
-            if grads.C is not None:
-                block.add_sums(grads.C, dy_steps[i], dy_rows[i], chunk.states_matrices, dC[i])
+            if y is not None:
+                block.output(i, y.rows[i])
+            if self.dC is not None:
+                block.add_sums(self.dC, i, dy)
             if not self.need_gradient:
                 continue
-            self._gradients(block, i, dy_steps[i])
-            if grads.B is not None:
-                factors = block.steps_u[i], step_u_rows[i]
-                block.add_sums(grads.B, *factors, chunk.states_matrices, dB[i])
+            self._gradients(block, i, dy.factors[i])
+            if self.dB is not None:
+                block.add_sums(self.dB, i, block.step_u)
             if self.need_moved:
-                block.moved(i, moved[i])
+                block.moved(i, moved.rows[i])
             if self.need_decay:
-                self._decay_gradients(block, i, powers[i])
+                self._decay_gradients(block, i, powers.rows[i])
         if y is not None and self.scan.D is not None:
-            y.addcmul_(block.u, self.scan.D)
-        self._finish(block, dy)
+            y.all.addcmul_(block.u, self.scan.D)
+        self._finish(block, dy.all, moved.all, powers.all)
 
     def _gradients(self, block: _Block, i: int, dy: Tensor) -> None:
-        """The states' gradients of chunk i; dy (G, B, S, 1, D)."""
+        """The states' gradients of chunk i, in the states' room; dy (G, B, S, 1, D)."""
         chunk = block.chunk
-        torch.mul(block.C[i], dy, out=chunk.states)
-        g, a = chunk.states_steps, chunk.decay_steps
-        g[-1].add_(self.carry)
-        for t in range(len(g) - 1, 0, -1):
-            g[t - 1].addcmul_(a[t], g[t])
-        torch.mul(a[0], g[0], out=self.carry)
+        torch.mul(self.walk.C.factors[block.first + i], dy, out=chunk.states)
+        later = chunk.states_steps[-1].add_(self.carry)
+        for g, a in chunk.backwards:
+            later = g.addcmul_(a, later)
+        torch.mul(chunk.decay_steps[0], later, out=self.carry)
 
     def _decay_gradients(self, block: _Block, i: int, powers: Tensor) -> None:
-        """What goes through exp(d A) in chunk i; the decays and the gradients are lost.
+        """What goes through exp(d A) in chunk i; the states' gradients are lost.
 
         Sums are products with ones, which take a third of the time of `sum`.
         """
         chunk, (ones_state, ones_step) = block.chunk, block.chunk.ones
         q = chunk.arrived.mul_(chunk.states)
-        if self.need_step:
-            torch.mul(q, self.scan.A, out=chunk.decay)
-            torch.bmm(ones_state, chunk.decay_matrices, out=powers)
         if self.dA is not None:
-            q.mul_(block.steps[i])
-            self.dA.baddbmm_(ones_step, chunk.arrived_rows)
+            torch.mul(q, block.step.factors[i], out=chunk.states)
+            self.dA.baddbmm_(ones_step, chunk.rows)
+        if self.need_step:
+            q.mul_(self.scan.A)
+            torch.bmm(ones_state, chunk.arrived_matrices, out=powers)
 
-    def _finish(self, block: _Block, dy: Tensor) -> None:
+    def _finish(self, block: _Block, dy: Tensor, moved: Tensor, powers: Tensor) -> None:
         """What needs no states."""
         scan, grads = self.scan, self.grads
-        for name, into in (("dB", grads.B), ("dC", grads.C)):
-            if into is not None and into.ndim == 4:
-                block.join(block.cut(into).add_(block.rows_room(name)), into)
-        moved, powers = block.room("moved"), block.room("powers")
         if grads.D is not None:
-            grads.D += self._sum(torch.mul(dy, block.u, out=block.room("spare")))
+            grads.D += self._sum(torch.mul(dy, block.u, out=block.room("spare").all))
         if self.need_step:
             if scan.softplus:
                 dstep = powers.addcmul_(moved, block.u)
-                dstep = block.put(grads.delta, _softplus_backward, dstep, block.before)
+                dstep = block.put(self.ddelta, _softplus_backward, dstep, block.before)
             else:
-                dstep = block.put(grads.delta, torch.addcmul, powers, moved, block.u)
+                dstep = block.put(self.ddelta, torch.addcmul, powers, moved, block.u)
             if grads.bias is not None:
                 grads.bias += self._sum(dstep)
-        if grads.u is not None:
+        if self.du is not None:
             if scan.D is None:
-                block.put(grads.u, torch.mul, moved, block.step)
+                block.put(self.du, torch.mul, moved, block.step.all)
             else:
-                block.put(grads.u, torch.addcmul, moved.mul_(block.step), dy, scan.D)
+                block.put(self.du, torch.addcmul, moved.mul_(block.step.all), dy, scan.D)
 
     @staticmethod
     def _sum(chunks: Tensor) -> Tensor:
         """(chunks, G, B, S, D) to (G, 1, 1, D)."""
-        return chunks.sum((0, 2, 3))[:, None, None]
+        if chunks.shape[1] > 1:
+            return chunks.sum((0, 2, 3))[:, None, None]
+        rows = chunks.reshape(-1, chunks.shape[-1])
+        return (rows.new_ones(1, len(rows)) @ rows)[None, None]
 
 
 def _softplus_backward(gradient: Tensor, before: Tensor, out: Tensor) -> Tensor:
@@ -824,7 +924,6 @@ def _scan(
     initial_state: Tensor | None,
     flags: Tensor | None,
     softplus: bool,
-    reverse: bool,
 ) -> _Scan:
     dtype = _precision(u, delta, A, B, C)
     groups = max(t.shape[2] if t.ndim == 4 else 1 for t in (B, C))
@@ -849,7 +948,6 @@ def _scan(
         None if initial_state is None else _state(initial_state.to(dtype), groups),
         flags,
         softplus,
-        reverse,
     )
 
 
@@ -859,33 +957,44 @@ def _cross(
     dtype = _precision(u, A)
     A, B, C, D, delta_bias = (t.to(dtype) for t in (A, B, C, D, delta_bias))
     A, D, delta_bias = A.mT[:, None, None], D[:, None, None], delta_bias[:, None, None]
-    return _Scan(u, delta, A, B, C, D, delta_bias, None, None, True, False)
+    return _Scan(u, delta, A, B, C, D, delta_bias, None, None, True)
 
 
 def _outputs(
-    scan: _Scan, state: Tensor, memory: _Memory, kept: Tensor | None = None
+    walk: _Walk, state: Tensor, kept: Sequence[Tensor] = ()
 ) -> Iterator[tuple[_Block, Tensor]]:
     """<C, h> + D u of each block, (chunks, G, B, S, D); `state` becomes h after the last step.
 
-    `kept` (G, B, ..., N, D) gets the states of `scan_forward`.
+    `kept` gets the states of `kept_shape`, (G, B, N, D) each.
     """
+    scan = walk.scan
     before = last = scan.start()
-    slots = iter(() if kept is None else kept.unbind(2))
-    for steps, size in scan.ranges():
-        block = _Block(scan, steps, size, memory)
+    slots = iter(kept)
+    for number in range(len(walk)):
+        block = _Block(walk, number)
         y = block.room("y")
-        rows = block.row_of_each(y)
         for i in range(block.count):
             block.states(i, before)
-            block.output(i, rows[i])
-            *_, last = states = block.chunk.states_steps
-            if kept is None:
+            block.output(i, y.rows[i])
+            last = block.chunk.states_steps[-1]
+            if not kept:
                 before.copy_(last)
-            for h in states[STEPS - 1 :: STEPS] if kept is not None else ():
-                before = next(slots)
-                before.copy_(h)
-        yield block, y if scan.D is None else y.addcmul_(block.u, scan.D)
+            else:
+                for h in block.chunk.states_steps[STEPS - 1 :: STEPS]:
+                    before = next(slots)
+                    before.copy_(h)
+        yield block, y.all if scan.D is None else y.all.addcmul_(block.u, scan.D)
     state.copy_(last)
+
+
+def _flip(x: Tensor) -> Tensor:
+    """Steps, dimension 1, from the last; a B or C that is the same for all, (D, N), as it is."""
+    return x if x.ndim == 2 else x.flip(1)
+
+
+def _flip_given(x: Tensor | None) -> Tensor | None:
+    """Steps, dimension 1, from the last."""
+    return None if x is None else x.flip(1)
 
 
 def _copy(x: Tensor) -> Tensor:
