@@ -607,6 +607,15 @@ class _Walk:
             self.reset = [x for cut in self.cuts for x in cut.chunks_of(reset)[..., None].unbind()]
             B, C = (x if x.ndim == 5 else x.masked_fill(skip, 0.0) for x in (B, C))
         self.B, self.C = self.coefficients(B), self.coefficients(C)
+        self._given_B = B
+
+    @cached_property
+    def B_steps(self) -> Tensor:  # noqa: N802
+        """B by step, (L, G, B, N, 1), or (L, G, 1, N, D) where it is fixed."""
+        B, length = self._given_B, self.scan.u.shape[2]
+        if B.ndim == 5:
+            return B[:, :, 0].expand(length, -1, -1, -1, -1)
+        return B.permute(2, 0, 1, 3).contiguous()[..., None]
 
     def blocks(self, x: Tensor) -> list[Tensor]:
         """(G, B, L, X) as (chunks, G, B, S, X) for each block, views."""
@@ -659,6 +668,11 @@ class _Block:
         self.tiny = torch.finfo(scan.A.dtype).tiny
         low, high = (x.item() for x in self.step.all.aminmax())
         self.underflow = max(-low, high) * scan.largest_rate > -math.log(self.tiny)
+
+    @cached_property
+    def B_steps(self) -> tuple[Tensor, ...]:  # noqa: N802
+        """B of each step, (G, B, N, 1), or (G, 1, N, D) where it is fixed."""
+        return self.walk.B_steps[self.place].unbind()
 
     def room(self, name: str) -> _Chunks:
         """A buffer (chunks, G, B, S, D)."""
@@ -719,7 +733,8 @@ class _Block:
     def states_and_arrived(self, i: int, before: Tensor) -> None:
         """Compute also a_t h_{t-1}."""
         self.decays(i)
-        B, step_u = self.walk.B.factors[self.first + i].unbind(2), self.step_u.steps[i]
+        size = self.shape[3]
+        B, step_u = self.B_steps[i * size : (i + 1) * size], self.step_u.steps[i]
         for h, arrived, a, b, x in zip(*self.chunk.rooms, B, step_u, strict=True):
             torch.mul(a, before, out=arrived)
             torch.addcmul(arrived, b, x, out=h)
