@@ -20,6 +20,12 @@ if not torch.cuda.is_available():  # read when a kernel is decorated, so before 
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Tests that run side by side share the cores: threads that wait for each other's take much longer.
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _workers > 1:
+    torch.set_num_threads(max(1, torch.get_num_threads() // _workers))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that need a GPU say so where there is none."""

@@ -528,7 +528,11 @@ def benchmarks_run(*options: str) -> subprocess.CompletedProcess[str]:
             "--size", "smoke", "-q", "-k", "scores", "-p", "no:cacheprovider", *options,
         ],
         cwd=ROOT, capture_output=True, text=True, timeout=200,
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        env={
+            name: value
+            for name, value in os.environ.items()
+            if name != "TRITON_INTERPRET" and not name.startswith("PYTEST_XDIST")
+        },
     )  # fmt: skip
 
 
