@@ -24,6 +24,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, Protocol
@@ -408,30 +409,34 @@ def _statistics(
         systems, references = _ptb(systems, references, timeout)
     answers: list[java.Meteor | None] = [None] * len(systems)
     reason = None
-    if meteor == "off":
-        reason = "not asked for"
-    else:
-        try:
-            answers = [
-                *java.meteor([(texts, references) for texts in systems.values()], timeout=timeout)
-            ]
-        except java.JavaError as error:
-            reason = str(error)
-            if meteor == "require":
-                raise InputError(f"METEOR: {reason}") from None
-            log.warning("METEOR IS NOT COMPUTED: %s. The other scores are complete.", reason)
-    lengths: dict[tuple[str, str], float] = {}
-    found = {}
-    for (name, texts), answer in zip(systems.items(), answers, strict=True):
+    with ThreadPoolExecutor(1) as beside:  # METEOR's program counts while the others are computed
+        sets = [(texts, references) for texts in systems.values()]
+        asked = None if meteor == "off" else beside.submit(java.meteor, sets, timeout=timeout)
+        lengths: dict[tuple[str, str], float] = {}
         columns = [
-            _bleu_rows(texts, references),
-            _rouge(texts, references, lengths)[:, None],
-            _cider(texts, references)[:, None],
-            np.ones((len(texts), 1)),
+            [
+                _bleu_rows(texts, references),
+                _rouge(texts, references, lengths)[:, None],
+                _cider(texts, references)[:, None],
+                np.ones((len(texts), 1)),
+            ]
+            for texts in systems.values()
         ]
+        if asked is None:
+            reason = "not asked for"
+        else:
+            try:
+                answers = [*asked.result()]
+            except java.JavaError as error:
+                reason = str(error)
+                if meteor == "require":
+                    raise InputError(f"METEOR: {reason}") from None
+                log.warning("METEOR IS NOT COMPUTED: %s. The other scores are complete.", reason)
+    found = {}
+    for name, own, answer in zip(systems, columns, answers, strict=True):
         if answer is not None:
-            columns.append(answer.statistics)
-        found[name] = _Statistics(np.hstack(columns), answer.score if answer else None)
+            own.append(answer.statistics)
+        found[name] = _Statistics(np.hstack(own), answer.score if answer else None)
     return found, reason
 
 
