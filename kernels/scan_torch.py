@@ -683,16 +683,14 @@ class _Block:
         return blocks[self.number].to(self.scan.A.dtype)
 
     def put(
-        self, blocks: Sequence[Tensor] | None, function: Callable[..., Tensor], *values: Tensor
-    ) -> Tensor:
-        """function(*values), 0 in padding, written to this one of the blocks; None: to a buffer."""
-        into = None if blocks is None else blocks[self.number]
-        if into is not None and self.skip is None and into.dtype == self.scan.A.dtype:
-            return function(*values, out=into)
-        chunks = self.mask(function(*values, out=self.room("spare").all))
-        if into is not None:
-            into.copy_(chunks)
-        return chunks
+        self, blocks: Sequence[Tensor], function: Callable[..., Tensor], *values: Tensor
+    ) -> None:
+        """function(*values), 0 in padding, written to this one of the blocks."""
+        into = blocks[self.number]
+        if self.skip is None and into.dtype == self.scan.A.dtype:
+            function(*values, out=into)
+        else:
+            into.copy_(self.mask(function(*values, out=self.room("spare").all)))
 
     def take_tokens(self, x: Tensor, orders: Tensor, chunks: Tensor) -> None:
         """What the orders (G, L) visit of x (B, L, D) at these steps, written to chunks."""
@@ -902,13 +900,16 @@ class _Backward:
         if grads.D is not None:
             grads.D += self._sum(torch.mul(dy, block.u, out=block.room("spare").all))
         if self.need_step:
+            dstep = powers.addcmul_(moved, block.u)
             if scan.softplus:
-                dstep = powers.addcmul_(moved, block.u)
-                dstep = block.put(self.ddelta, _softplus_backward, dstep, block.before)
-            else:
-                dstep = block.put(self.ddelta, torch.addcmul, powers, moved, block.u)
+                torch.ops.aten.softplus_backward.grad_input(
+                    dstep, block.before, 1, 20, grad_input=dstep
+                )
+            block.mask(dstep)
             if grads.bias is not None:
                 grads.bias += self._sum(dstep)
+            if self.ddelta is not None:
+                self.ddelta[block.number].copy_(dstep)
         if self.du is not None:
             if scan.D is None:
                 block.put(self.du, torch.mul, moved, block.step.all)
@@ -920,12 +921,8 @@ class _Backward:
         """(chunks, G, B, S, D) to (G, 1, 1, D)."""
         if chunks.shape[1] > 1:
             return chunks.sum((0, 2, 3))[:, None, None]
-        rows = chunks.reshape(-1, chunks.shape[-1])
+        rows = chunks.view(-1, chunks.shape[-1])
         return (rows.new_ones(1, len(rows)) @ rows)[None, None]
-
-
-def _softplus_backward(gradient: Tensor, before: Tensor, out: Tensor) -> Tensor:
-    return torch.ops.aten.softplus_backward.grad_input(gradient, before, 1, 20, grad_input=out)
 
 
 def _scan(
