@@ -142,14 +142,27 @@ class Run:
     features: Tensor | None = None
     """(B, P+1, D) on the CPU, where they are computed once."""
 
-    def loss(self, count: int | None = None) -> Tensor:
-        """Of the first `count` studies, or of all."""
-        labels = self.labels[:count].to(self.device)
+    def loss(self) -> Tensor:
+        """Of all studies."""
+        labels = self.labels.to(self.device)
         with autocast(self.device, self.config.precision):
             if self.features is not None:
-                return self.model(None, None, labels, self.features[:count].to(self.device))
-            images = normalize(self.images[:count].to(self.device))
+                return self.model(None, None, labels, self.features.to(self.device))
+            images = normalize(self.images.to(self.device))
             return self.model(images, _present(images), labels)
+
+    def check(self) -> dict[str, Tensor]:
+        """`gradients` of the first study, without dropout."""
+        self.model.eval()
+        with autocast(self.device, self.config.precision):
+            if self.features is not None:
+                features = self.features[:1].to(self.device)
+                found = gradients(self.model, self.labels[:1].to(self.device), features=features)
+            else:
+                images = normalize(self.images[:1].to(self.device))
+                found = gradients(self.model, self.labels[:1].to(self.device), images)
+        self.model.train()
+        return found
 
     def step(self) -> float:
         """One optimizer step; the loss."""
@@ -216,21 +229,28 @@ def build(contender: str, **arguments: Any) -> Work:
             "kept": kept_bytes(run.model, run.loss),
         }
 
-    def results() -> dict[str, Tensor]:
-        run.model.eval()
-        found = gradients(run.model, run.loss(1))
-        run.model.train()
-        return found
-
-    return Work(run.step, prepare=run.forget, results=results, sizes=sizes)
+    return Work(run.step, prepare=run.forget, results=run.check, sizes=sizes)
 
 
-def gradients(model: ReportGenerator, loss: Tensor) -> dict[str, Tensor]:
-    """By name, of what trains in every regime."""
+def gradients(
+    model: ReportGenerator,
+    labels: Tensor,
+    images: Tensor | None = None,
+    features: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The loss, and its gradients in what every regime has.
+
+    That is the projector and the norm, and the images: theirs comes through the whole encoder.
+    """
     layers = {"llama_proj": model.llama_proj, "layer_norm": model.layer_norm}
-    named = {
+    named: dict[str, Tensor] = {
         f"d{layer}.{name}": p for layer, m in layers.items() for name, p in m.named_parameters()
     }
+    present = None
+    if images is not None:
+        named["dimages"] = images.requires_grad_()
+        present = _present(images)
+    loss = model(images, present, labels, features)
     computed = torch.autograd.grad(loss, list(named.values()))
     return {"loss": loss.detach(), **dict(zip(named, computed, strict=True))}
 
@@ -241,8 +261,7 @@ def truth(
     """Float64 on the CPU, without dropout; adapters and gates start as the identity."""
     run = run_of("full", False, name, pixels, decoder, tokens, batch)
     model = run.model.cpu().double().eval()
-    images = normalize(run.images[:1]).double()
-    return gradients(model, model(images, _present(images), run.labels[:1]))
+    return gradients(model, run.labels[:1], normalize(run.images[:1]).double())
 
 
 def cases(size: str) -> list[tuple[Case, Contender]]:

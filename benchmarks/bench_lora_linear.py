@@ -104,7 +104,10 @@ def none(layer: Layer, x: Tensor, dropout: float) -> Tensor:
 
 
 def by_peft(layer: Layer) -> Callable[[Layer, Tensor, float], Tensor]:
-    """PEFT's layer with the same tensors, B filled up with zeros; its dropout acts on x."""
+    """PEFT's layer with the same tensors, B filled up with zeros; its dropout acts on x.
+
+    On CUDA it runs under autocast, as it does in training: by itself it multiplies in fp32.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     outputs, inputs = layer.weight.shape

@@ -79,7 +79,8 @@ def build_encoder(contender: str, mode: str, name: str, batch: int, pixels: int)
 
 def encoder_truth(mode: str, name: str, batch: int, pixels: int) -> dict[str, Tensor]:
     """Float64 on the CPU, composed of flips and plain scans."""
-    model = encoder(FLIPS_OURS, name, pixels).double()
+    model = cast(VisionMamba, encoder(FLIPS_OURS, name, pixels).double())
+    model.checkpointing = True  # a quarter of the memory, which large images need
     return _truth(mode, _draw(batch, 3, pixels, pixels), lambda x: model(x))
 
 

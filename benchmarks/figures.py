@@ -34,7 +34,10 @@ def names(stored: Mapping[str, Any], suite: str) -> list[tuple[str, str]]:
     stem = results.path(stored["machine"]["device"]).stem
     records = [r for r in stored["records"] if r["suite"] == suite and measured(r)]
     if suite == "finetune" and any(r.get("memory") for r in records):
-        return [(f"{stem}-finetune.png", "speed and memory of a training step by regime")]
+        return [
+            (f"{stem}-finetune-{system.lower()}.png", f"a training step of {system} by regime")
+            for system in _systems(records)
+        ]
     curves = dict.fromkeys(r["series"]["name"] for r in records if r.get("series"))
     return [(f"{stem}-{_file(name)}.png", name) for name in curves if _points(records, name) > 1]
 
@@ -44,12 +47,22 @@ def draw(stored: Mapping[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for suite in dict.fromkeys(r["suite"] for r in stored["records"]):
         records = [r for r in stored["records"] if r["suite"] == suite and measured(r)]
-        for name, caption in names(stored, suite):
-            if suite == "finetune":
-                _draw_steps(records, stored["machine"]["device"], folder / name)
-            else:
-                own = [r for r in records if r.get("series") and r["series"]["name"] == caption]
-                _draw_curve(own, caption, stored["machine"]["device"], folder / name)
+        pictures, device = names(stored, suite), stored["machine"]["device"]
+        if suite == "finetune":
+            for (name, _), (system, own) in zip(pictures, _systems(records).items(), strict=False):
+                _draw_steps(own, system, device, folder / name)
+            continue
+        for name, caption in pictures:
+            own = [r for r in records if r.get("series") and r["series"]["name"] == caption]
+            _draw_curve(own, caption, device, folder / name)
+
+
+def _systems(records: list[Record]) -> dict[str, list[Record]]:
+    """Records of training steps by what is trained: encoder, pixels, decoder."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(record["group"].split("-batch")[0], []).append(record)
+    return found
 
 
 def _points(records: list[Record], name: str) -> int:
@@ -87,25 +100,23 @@ def _draw_curve(records: list[Record], title: str, device: str, path: Path) -> N
         axes.set(xscale="log", yscale="log", xlabel=unit, ylabel=what)
         axes.set_xticks(sorted(sizes), [f"{x:g}" for x in sorted(sizes)], fontsize=8)
         axes.tick_params(axis="x", which="minor", labelbottom=False)
+        _plain_ticks(axes.yaxis)
         axes.grid(True, which="both", color="0.92")
         axes.set_axisbelow(True)
     figure.suptitle(f"{title} ({device})", fontsize=10)
-    left.legend(fontsize=7)
+    figure.legend(loc="outside lower center", ncols=min(4, len(whose)), fontsize=8)
     figure.savefig(path, dpi=110)
 
 
-def _draw_steps(records: list[Record], device: str, path: Path) -> None:
-    tables = groups(records)
-    names = [group for _, group in tables]
-    systems = dict.fromkeys(name.split("-batch")[0] for name in names)
-    system = next(iter(systems))
-    chosen = {g: t for (_, g), t in tables.items() if g.split("-batch")[0] == system}
+def _draw_steps(records: list[Record], system: str, device: str, path: Path) -> None:
+    tables = list(groups(records).values())
     figure, (left, right) = _figure(2, 13, 4.4)
     regimes = list(dict.fromkeys(r["contender"] for r in records))
     width = 0.8 / len(regimes)
     shades = ("black", "0.45", "0.7", "white")
     for k, regime in enumerate(regimes):
-        for i, table in enumerate(chosen.values()):
+        label: str | None = regime
+        for i, table in enumerate(tables):
             record = table.get(regime)
             if record is None:
                 continue
@@ -116,15 +127,16 @@ def _draw_steps(records: list[Record], device: str, path: Path) -> None:
                 width * 0.95,
                 color=shades[k % 4],
                 edgecolor="black",
-                label=regime if i == 0 else None,
+                label=label,
             )
-            _stack(right, record, place, width * 0.95, first=i == 0 and k == 0)
+            label = None
+            _stack(right, record, place, width * 0.95)
     labels = [
         f"{t['batch']}{', ckpt' if t['checkpointing'] else ''}"
-        for t in (next(iter(table.values()))["facts"] for table in chosen.values())
+        for t in (next(iter(table.values()))["facts"] for table in tables)
     ]
     for axes, what in ((left, "studies a second"), (right, "memory, MiB")):
-        axes.set_xticks(range(len(chosen)), labels, fontsize=8)
+        axes.set_xticks(range(len(tables)), labels, fontsize=8)
         axes.set(xlabel="studies a batch (ckpt: activation checkpointing)", ylabel=what)
     right.set_title(f"bars by regime: {', '.join(regimes)}; line: peak of a step", fontsize=8)
     left.margins(y=0.25)
@@ -134,10 +146,20 @@ def _draw_steps(records: list[Record], device: str, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _stack(axes: Any, record: Record, place: float, width: float, first: bool) -> None:
+def _plain_ticks(axis: Any) -> None:
+    """1, 2, 5, 10, ... as they are, where there is no room for powers of ten alone."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _stack(axes: Any, record: Record, place: float, width: float) -> None:
     memory = record.get("memory")
     if not memory:
         return
+    named = axes.get_legend_handles_labels()[1]
     below = 0.0
     for part, color, hatch in PARTS:
         height = memory[part] / MEBIBYTE
@@ -150,7 +172,7 @@ def _stack(axes: Any, record: Record, place: float, width: float, first: bool) -
             hatch=hatch,
             edgecolor="black",
             linewidth=0.4,
-            label=LABELS.get(part, part) if first else None,
+            label=None if LABELS.get(part, part) in named else LABELS.get(part, part),
         )
         below += height
     peak = (memory["weights"] + memory["optimizer"] + memory["peak"]) / MEBIBYTE

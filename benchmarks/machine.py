@@ -85,8 +85,8 @@ def rates(small: bool) -> dict[str, float]:
     Args:
         small: only show that the measurement works; the figures are then good for nothing.
     Returns:
-        ``bytes``: read and written a second by a copy that fits no cache; ``exps``: 2^x a second
-        on values in the caches (on CUDA they stream: the special-function units are not reached,
+        ``bytes``: read and written a second by a copy that fits no cache; ``exps``, on the CPU:
+        2^x a second by torch on values in the caches (on CUDA memory would bind it:
         `benchmarks.roofline` takes the card's data sheet instead); ``flops``: operations a second
         of a matrix product, fp32 on the CPU and bf16 on CUDA.
     """
@@ -94,22 +94,25 @@ def rates(small: bool) -> dict[str, float]:
     cuda = where.type == "cuda"
     source = torch.ones(2**20 if small else 2**28 if cuda else 2**26, device=where)
     target = torch.empty_like(source)
-    # On the CPU 256 KiB for each thread: less, and torch leaves threads idle.
-    x = torch.rand(2**20 if cuda else 2**16 * torch.get_num_threads(), device=where).neg_()
-    y = torch.empty_like(x)
     side = 256 if small else 8192 if cuda else 2048
     a = torch.rand(side, side, device=where, dtype=torch.bfloat16 if cuda else torch.float32)
-    passes = 1 if small else 300
+    found = {
+        "bytes": 2 * source.nbytes / best_time(lambda: target.copy_(source)),
+        "flops": 2 * side**3 / best_time(lambda: a @ a),
+    }
+    return found if cuda else {**found, "exps": _exps(1 if small else 300)}
 
-    def exps() -> None:
+
+def _exps(passes: int) -> float:
+    # 256 KiB for each thread: less, and torch leaves threads idle.
+    x = torch.rand(2**16 * torch.get_num_threads()).neg_()
+    y = torch.empty_like(x)
+
+    def run() -> None:
         for _ in range(passes):
             torch.exp2(x, out=y)
 
-    return {
-        "bytes": 2 * source.nbytes / best_time(lambda: target.copy_(source)),
-        "exps": passes * x.numel() / best_time(exps),
-        "flops": 2 * side**3 / best_time(lambda: a @ a),
-    }
+    return passes * x.numel() / best_time(run)
 
 
 def best_time(run: Callable[[], Any]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import machine, memory, roofline
 from benchmarks.results import Record
-from benchmarks.work import Case, Contender, Work, errors
+from benchmarks.work import Case, Contender, Work, error_line, errors
 
 SECONDS = {"smoke": 0.0, "default": 2.0, "full": 20.0}  # of timed rounds
 ROUNDS = {"smoke": (1, 1), "default": (3, 30), "full": (5, 100)}  # fewest, most
@@ -21,6 +22,10 @@ ROUNDS = {"smoke": (1, 1), "default": (3, 30), "full": (5, 100)}  # fewest, most
 SLOW = {"smoke": 4.0, "default": 4.0, "full": 10.0}
 WARM_LIMIT = 5.0  # seconds a call above which memory is measured without a call before
 QUEUE = 2e-2  # seconds of calls in a round on CUDA, so that launches hide behind the work
+
+
+class WrongPeerError(Exception):
+    """A peer's results are not what they should be."""
 
 
 class Measure:
@@ -44,27 +49,36 @@ class Measure:
         reason = contender.missing()
         if reason is not None:
             self._skip(record, reason)
-        arguments = {"contender": contender.name, **case.arguments}
         try:
-            work = case.build(**arguments)
-            record["errors"] = self._check(case, contender, work, record)
-            record |= self._time(work)
-            del work
-            weighed = case.memory and (contender.ours or self._size != "smoke")
-            if weighed and record["median"] is not None:
-                warm = case.warm or record["median"] < WARM_LIMIT
-                record["memory"] = memory.peak(case.build, arguments, warm=warm)
-        except torch.OutOfMemoryError:
-            self._skip(record, "does not fit into the device's memory")
+            self._measure(case, contender, record)
+        except WrongPeerError as error:
+            reason = f"{error}; not timed"
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # they hold tensors
+            if not out_of_memory(error):
+                self._records.append({**record, "skipped": f"failed: {error_line(error)}"})
+                raise
+            reason = "does not fit into the device's memory"
         finally:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+        if reason is not None and record["median"] is None:
+            self._skip(record, reason)
         self._keep(record, case)
 
-    def _check(
-        self, case: Case, contender: Contender, work: Work, record: Record
-    ) -> dict[str, float]:
+    def _measure(self, case: Case, contender: Contender, record: Record) -> None:
+        arguments = {"contender": contender.name, **case.arguments}
+        work = case.build(**arguments)
+        record["errors"] = self._check(case, contender, work)
+        record |= self._time(work)
+        del work
+        weighed = case.memory and (contender.ours or self._size != "smoke")
+        if weighed and record["median"] is not None:
+            warm = case.warm or record["median"] < WARM_LIMIT
+            record["memory"] = memory.peak(case.build, arguments, warm=warm)
+
+    def _check(self, case: Case, contender: Contender, work: Work) -> dict[str, float]:
         """Errors against float64; a wrong peer is not timed, one of ours is a failure."""
         if case.truth is None or work.results is None:
             return {}
@@ -73,15 +87,13 @@ class Measure:
         if not found[worst] <= case.tolerance:
             line = f"wrong: {worst} is off by {found[worst]:.2g}, {case.tolerance:.2g} are allowed"
             assert not contender.ours, f"{contender.name}: {line}"
-            self._skip(record, f"{line}; not timed")
+            raise WrongPeerError(line)
         return found
 
     def _time(self, work: Work) -> dict[str, Any]:
-        prepared = work.prepare()
-        start = machine.now()
-        work.run(*prepared)
-        once = machine.now() - start
-        del prepared
+        once = one_call(work)
+        if once <= SLOW[self._size] and self._size != "smoke":  # the first may have compiled
+            once = one_call(work)
         rounds, iterations = rounds_for(self._size, once)
         plain = work.prepare is tuple
         self._benchmark.pedantic(
@@ -128,6 +140,23 @@ class Measure:
     def _skip(self, record: Record, reason: str) -> None:
         self._records.append({**record, "skipped": reason})
         pytest.skip(reason)
+
+
+def one_call(work: Work) -> float:
+    """Seconds that a call takes."""
+    prepared = work.prepare()
+    start = machine.now()
+    work.run(*prepared)
+    return machine.now() - start
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether there was no room, on the device or in the computer."""
+    # Of torch's allocator on the CPU, CUDA itself and cuBLAS: all a RuntimeError.
+    lines = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        line in str(error) for line in lines
+    )
 
 
 def rounds_for(size: str, once: float) -> tuple[int, int]:

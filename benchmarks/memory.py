@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import signal
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -48,9 +49,9 @@ def peak(build: Callable[..., Work], arguments: Mapping[str, Any], *, warm: bool
         return receiver.recv()
     except EOFError:
         process.join()
-        raise RuntimeError(
-            f"the process that measures memory ended with status {process.exitcode}"
-        ) from None
+        line = f"the process that measures memory ended with status {process.exitcode}"
+        killed = process.exitcode == -signal.SIGKILL  # by the system, which had no more
+        raise (MemoryError if killed else RuntimeError)(line) from None
     finally:
         process.join()
 
@@ -81,10 +82,12 @@ def _child(
 def _measure_cuda(
     build: Callable[..., Work], arguments: Mapping[str, Any], warm: bool
 ) -> dict[str, int]:
+    gc.collect()  # or what is freed meanwhile would count for the call
     begin = torch.cuda.memory_allocated()
     work = build(**arguments)
     if warm:
         work.once()
+    gc.collect()
     prepared = work.prepare()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

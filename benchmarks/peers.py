@@ -7,15 +7,19 @@ the line that installs it.
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+
+from benchmarks.work import error_line
 
 CHUNK = 8  # steps that the compiled scan unrolls
 
@@ -25,7 +29,7 @@ def find(module: str, install: str, attribute: str | None = None) -> str | None:
     try:
         found: Any = _import(module)
     except Exception as error:  # a broken build raises anything
-        return f"{module} cannot be imported ({_line(error)}): {install}"
+        return f"{module} cannot be imported ({error_line(error)}): {install}"
     if attribute is not None and not hasattr(found, attribute):
         return f"{module} has no {attribute}: {install}"
     return None
@@ -35,11 +39,6 @@ def _import(module: str) -> ModuleType:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module(module)
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}{': ' + lines[0] if lines else ''}"
 
 
 def needs_cuda() -> str | None:
@@ -145,23 +144,31 @@ def scan_mambapy(
     step = F.softplus(delta + bias)[..., None]
     states = pscan(torch.exp(step * A), step * B[:, :, None] * u[..., None])
     y = (states @ C[..., None]).squeeze(3) + D * u
-    return y * F.silu(z)
+    return (y * F.silu(z)).to(u.dtype)
 
 
 def scan_transformers(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor
 ) -> Tensor:
-    """transformers without kernels."""
+    """transformers without kernels; it wants B and C in u's dtype.
+
+    Where mamba_ssm is installed its name stands for that package's kernel: what it wraps does not.
+    """
     module = _import("transformers.models.mamba.modeling_mamba")
-    return module.mamba_selective_scan(
-        u, delta, A, B, C, D, z=z, delta_bias=bias, delta_softplus=True
+    scan = inspect.unwrap(module.mamba_selective_scan)
+    y = scan(
+        u, delta, A, B.to(u.dtype), C.to(u.dtype), D, z=z, delta_bias=bias, delta_softplus=True
     )
+    return y.to(u.dtype)
 
 
 def scan_vllm(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor
 ) -> Tensor:
-    """vLLM's Triton kernel; it writes its output into z, and over delta."""
+    """vLLM's Triton kernel; it writes its output into z, and over delta.
+
+    How long it takes does not depend on the values: it can be timed on what it wrote itself.
+    """
     module = _import("vllm.model_executor.layers.mamba.ops.selective_scan_triton")
     states = torch.zeros(u.shape[0], *A.shape, dtype=torch.float32, device=u.device)
     module.selective_scan_fwd_triton(
@@ -187,10 +194,20 @@ def scan_by_steps(
     return (y * F.silu(z.to(A.dtype))).to(u.dtype)
 
 
-def scan_compiled(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor
-) -> Tensor:
-    """A chunked scan in plain torch, its chunk compiled; (B, L, D)."""
+def scan_compiled() -> Callable[..., Tensor]:
+    """A chunked scan in plain torch, its chunk compiled; (B, L, D).
+
+    What was compiled before is forgotten: `torch.compile` keeps eight variants of a function (of
+    shapes, of who needs a gradient), and runs the ninth uncompiled with no more than a warning.
+    """
+    torch.compiler.reset()
+    return partial(_scan_by_chunks, torch.compile(_chunk, dynamic=False))
+
+
+def _scan_by_chunks(
+    chunk: Callable[..., Any],
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor,
+) -> Tensor:  # fmt: skip
     length = u.shape[1]
     step = F.softplus(delta.float() + bias)
     padding = (0, 0, 0, -length % CHUNK)  # a step of size 0 changes nothing
@@ -202,7 +219,7 @@ def scan_compiled(
     scaled = A / math.log(2)
     outputs = []
     for d, x, b, c in zip(*chunks, strict=True):
-        y, state = _compiled_chunk()(state, scaled, d, x, b, c)
+        y, state = chunk(state, scaled, d, x, b, c)
         outputs.append(y)
     y = torch.cat(outputs, dim=1)[:, :length] + D * u.float()
     return (y * F.silu(z.float())).to(u.dtype)
@@ -217,15 +234,6 @@ def _chunk(
         state = decay * state + x[:, t, :, None] * B[:, t, None]
         outputs.append((state * C[:, t, None]).sum(-1))
     return torch.stack(outputs, dim=1), state
-
-
-_compiled: list[Callable[..., Any]] = []
-
-
-def _compiled_chunk() -> Callable[..., Any]:
-    if not _compiled:
-        _compiled.append(torch.compile(_chunk, dynamic=False))
-    return _compiled[0]
 
 
 class FlippingMixer(nn.Module):

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import figures, results, roofline
 from benchmarks.results import Record, groups, measured
@@ -39,12 +41,27 @@ pytest benchmarks/ --benchmark-only --compare benchmarks/results/DEVICE.json
 python -m benchmarks.report
 ```
 
-How it is measured: every contender gets the same inputs, and its results are compared with float64
-before anything is timed; the time is the median over rounds after a warm-up, with the quartiles,
-by a clock that waits for the device; peak memory is the allocator's on CUDA and, on the CPU, that
-of a fresh process, above the inputs. Ratios are of two times of one run on one machine. A peer
-that is not installed is left out with the line that installs it. Triton's interpreter is never
-timed.
+## How it is measured
+
+- Every contender gets the same inputs and is asked for the same gradients. Its results are compared
+  with float64 before it is timed: one of ours that is wrong fails the run, a wrong peer is not
+  timed. `largest error` is a difference as a share of the result's largest magnitude; it is empty
+  where a peer is another function (a ViT), or a model too large for float64.
+- The time is the median over rounds, with the quartiles, after calls that warm up (compile, load),
+  by a clock that waits for the device. Calls of many seconds are timed twice or once, and the table
+  says so. On a GPU short calls follow one another within a round, so that launches hide behind the
+  work, and whatever fits the L2 cache stays there.
+- Peak memory is what a call takes above its inputs and weights: of the allocator on a GPU, of the
+  resident pages of a fresh process on the CPU. With a backward pass the gradients are in it.
+- Ratios are of two times of one run on one machine; devices are never mixed. Names in bold are
+  this project's; `x ours` is a time as a multiple of the first of them.
+- `of the floor` is the share of the time that bytes, exponentials or products must take at rates
+  which the run itself measured, or a GPU's data sheet tells (last section). On a CPU the rate of
+  exponentials is `torch.exp2`'s; the C++ scan computes its own, and can stand above 100 %.
+- A peer that is not installed is left out with the line that installs it. Triton's interpreter is
+  never timed.
+- `--compare` fails where a time or a peak memory of ours, as a share of a peer's, grew by more than
+  15 % (`--slack`) since the stored run, beyond what the quartiles explain.
 """
 
 SUITES = {
@@ -63,24 +80,33 @@ The step of `emrrg.train`: normalise, forward, backward, clip, AdamW. `peft`: Lo
 projector, hybrid layers; `encoder`: the encoder in place of the adapters; `full`: everything;
 `linear-probe`: the projector, on features that are computed once. Weights, gradients and AdamW's
 state are the bytes of their tensors; activations are what autograd keeps for the backward pass,
-counted tensor by tensor; the peak of a step is measured. The parts do not add up to it: gradients
-grow while activations go. Weights are random.""",
+counted tensor by tensor; the peak of a step, weights and AdamW's state included, is measured. The
+parts do not add up to it: gradients grow while activations go. Weights are random, which changes
+neither time nor memory. peft wins where `speed / peft's` is below 1 and `peak / peft's` above.""",
     "selective_scan": """\
-`mamba_ssm reference` is that package's plain-torch function or, where it is not installed, one of
-the same complexity (all factors at once, a slice of them each step). `torch.compile` compiles a
-chunk of a plain-torch scan. In `both-frozen` A, D and delta's bias need no gradient, as under LoRA.
-Groups are mode-BxDxL; N = 16.""",
+Ours: `triton` (GPUs), `native` (C++), `torch` (tuned, plain) and `reference`, the slow and obvious
+truth of the tests. `mamba_ssm reference` is that package's plain-torch function or, where it is not
+installed, one of the same complexity (all factors at once, a slice of them each step);
+`transformers` is what that package runs without kernels; `torch.compile` compiles eight steps of a
+plain-torch scan at a time; `loop with unbind` is the plain loop whose backward is linear in the
+length. `both` is forward and backward, `both-frozen` the same where A, D and delta's bias need no
+gradient, as under LoRA. Groups are mode-BxDxL; N = 16, with softplus, skip and gate.""",
     "mixer": """\
 The flipping mixer copies X and Z for each order, gates each order's output and puts it back, as the
-released code does, on the same weights. The ViT's part is attention alone.""",
+released code does, on the same weights. The ViT's part is attention alone, by torch's fused
+operator: another function, so there is no error to show. Groups are mode-size-images x pixels.""",
     "encoder": """\
-`training` computes every parameter's gradient. The ViT has as many parameters.""",
+`training` computes every parameter's gradient; these, of a fixed size, lead the memory of small
+images. The ViT has as many parameters, and `images a second` says what it costs to grow: its
+attention is quadratic in the tokens, the scan is linear.""",
     "lora_linear": """\
 A frozen layer, rank 16, `half` of its rows or `all` updated; tokens x inputs x outputs. PEFT
 updates all rows in either case. `no LoRA` is the layer alone.""",
     "generation": """\
-A prefix of 230 tokens; groups are beams-reports x new tokens-layers x width-vocabulary. The tokens
-are the same in float64 and for both.""",
+A decoder of random weights after a prefix of 230 tokens; groups are
+beams-reports x new tokens-layers x width-vocabulary. On the CPU the tokens are those of the same
+search in float64, for both; on a GPU, in bf16, the first step's logits are compared. The time of a
+group with one report is the latency.""",
     "data": """\
 Files of 2048 x 2496 pixels, synthetic, to 224 x 224. An epoch has two reading processes. METEOR, a
 Java program, is left out of the scores.""",
@@ -148,7 +174,11 @@ def with_table(text: str, table: str) -> str:
     return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END, 1)[1]}"
 
 
+GROWTH = "Growth, time ~ x^k and memory ~ x^k, by least squares (1 is linear, 2 quadratic)"
+
 # What the suites were asked to show.
+
+MISSED = "Why something is missed, and what was tried, stands in [decisions.md](decisions.md)."
 
 CLAIMS = (
     (
@@ -166,8 +196,20 @@ CLAIMS = (
 )
 
 
-def claims(stored: Mapping[str, Any]) -> list[float | None]:
-    """How many times faster, or smaller, than the peer: one number for each of `CLAIMS`."""
+class Shown(NamedTuple):
+    """How many times faster or smaller than a peer: the least of several settings."""
+
+    value: float | None
+    measured: int = 1
+    settings: int = 1
+
+    def __str__(self) -> str:
+        some = f", {self.measured} of {self.settings} settings"
+        return times(self.value) + (some if 0 < self.measured < self.settings else "")
+
+
+def claims(stored: Mapping[str, Any]) -> list[Shown]:
+    """One for each of `CLAIMS`."""
     tables = groups(stored["records"])
     on_cpu = stored["machine"]["kind"] == "cpu"
     scan = tables.get(("selective_scan", "both-8x768x197-float32"), {}) if on_cpu else {}
@@ -175,9 +217,9 @@ def claims(stored: Mapping[str, Any]) -> list[float | None]:
     beams = [t for (s, g), t in tables.items() if s == "generation" and g.startswith("beams5-")]
     steps = [t for (s, _), t in tables.items() if s == "finetune"]
     return [
-        quotient(scan.get("mamba_ssm reference"), torch),
-        quotient(scan.get("mambapy"), torch),
-        quotient(torch, native),
+        Shown(quotient(scan.get("mamba_ssm reference"), torch)),
+        Shown(quotient(scan.get("mambapy"), torch)),
+        Shown(quotient(torch, native)),
         least(quotient(t.get("transformers"), t.get("emrrg")) for t in beams),
         least(quotient(t.get("full"), t.get("peft")) for t in steps),
         least(quotient(t.get("encoder"), t.get("peft")) for t in steps),
@@ -211,9 +253,11 @@ def step_peak(record: Record | None) -> float | None:
     return memory["weights"] + memory["optimizer"] + memory["peak"] if memory else None
 
 
-def least(values: Iterable[float | None]) -> float | None:
-    """The smallest that was measured."""
-    return min((v for v in values if v is not None), default=None)
+def least(values: Iterable[float | None]) -> Shown:
+    """The smallest that was measured, and how many were."""
+    everything = list(values)
+    found = [value for value in everything if value is not None]
+    return Shown(min(found, default=None), len(found), len(everything))
 
 
 def asked(devices: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -222,12 +266,12 @@ def asked(devices: Sequence[Mapping[str, Any]]) -> list[str]:
     found = [claims(stored) for stored in devices]
     if not any(stored["machine"]["kind"] == "cuda" for stored in devices):
         head.append("GPU")
-        found.append([None] * len(CLAIMS))
+        found.append([Shown(None)] * len(CLAIMS))
     rows = [
-        [what, f">= {wanted} x", *(times(column[i], wanted) for column in found)]
+        [what, f">= {wanted} x", *(verdict(column[i], wanted) for column in found)]
         for i, (what, wanted) in enumerate(CLAIMS)
     ]
-    return ["## What was to be shown", markdown([head, *rows])]
+    return ["## What was to be shown", markdown([head, *rows]), MISSED]
 
 
 def readme_table(devices: Sequence[Mapping[str, Any]]) -> str:
@@ -235,12 +279,16 @@ def readme_table(devices: Sequence[Mapping[str, Any]]) -> str:
     return asked(devices)[1]
 
 
-def times(value: float | None, wanted: float = 0.0) -> str:
-    """A ratio for people; says so where it is less than was wanted."""
+def verdict(shown: Shown, wanted: float) -> str:
+    """What was shown, and whether it is less than was wanted."""
+    return f"{shown}{' (missed)' if shown.value is not None and shown.value < wanted else ''}"
+
+
+def times(value: float | None) -> str:
+    """A ratio for people."""
     if value is None:
         return NOT_MEASURED
-    missed = "" if value >= wanted else " (missed)"
-    return f"{value:.3g} x{missed}" if value < 100 else f"{value:.0f} x{missed}"
+    return f"{value:.3g} x" if value < 100 else f"{value:.0f} x"
 
 
 @cache
@@ -293,7 +341,8 @@ def device_section(stored: Mapping[str, Any]) -> list[str]:
     parts = [f"## {machine['device']}", runs_line(stored)]
     tables = groups(stored["records"])
     for suite, title in SUITES.items():
-        mine = {group: table for (s, group), table in tables.items() if s == suite}
+        found = [(group, table) for (s, group), table in tables.items() if s == suite]
+        mine = dict(sorted(found, key=place))
         parts += [f"### {title}", NOTES[suite]]
         if not mine:
             parts.append(f"{NOT_MEASURED.capitalize()}.")
@@ -307,27 +356,51 @@ def device_section(stored: Mapping[str, Any]) -> list[str]:
             parts.append(f"{NOT_MEASURED.capitalize()}:\n\n" + "\n".join(reasons))
         fits = fit_table(mine)
         if fits:
-            parts += ["Growth, time ~ x^k and memory ~ x^k:", fits]
+            parts += [f"{GROWTH}:", fits]
         parts += [
             f"![{caption}](benchmarks/{name})" for name, caption in figures.names(stored, suite)
         ]
     return parts
 
 
+def place(item: tuple[str, Mapping[str, Record]]) -> tuple[Any, ...]:
+    """Where a group stands: curves last, by their x; the others by their shape, then the mode."""
+    group, table = item
+    series_ = next(iter(table.values())).get("series") or {}
+    mode = max((m for m in MODES if group.startswith(f"{m}-")), key=len, default="")
+    shape = re.split(r"(\d+)", group.removeprefix(mode))  # text and numbers take turns
+    numbers = [int(part) if part.isdigit() else part for part in shape]
+    return series_.get("name", ""), numbers, (*MODES, "").index(mode)
+
+
+MODES = ("forward", "backward", "both", "both-frozen", "both-dropout", "inference", "training")
+
+
 def runs_line(stored: Mapping[str, Any]) -> str:
     """When and with what."""
-    lines = []
+    rows = [["run, UTC", "commit", "size", "suites", "copy", "exponentials", "products"]]
+    used: dict[str, list[int]] = {}
     for i, run in enumerate(stored["runs"]):
-        suites = sorted({r["suite"] for r in stored["records"] if r["run"] == i})
-        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+        suites = dict.fromkeys(r["suite"] for r in stored["records"] if r["run"] == i)
         rates = run["rates"]
-        lines.append(
-            f"- {run['time']} UTC, commit {run['commit'] or 'unknown'}, size {run['size']}: "
-            f"{', '.join(suites)}. {versions}. A copy moves {rates['bytes'] / 1e9:.3g} GB/s, "
-            f"{rates['exps'] / 1e9:.3g} G exponentials/s, products {rates['flops'] / 1e9:.4g} "
-            "GFLOP/s."
+        rows.append(
+            [
+                f"{i + 1}: {run['time']}",
+                run["commit"] or "unknown",
+                run["size"],
+                ", ".join(suites),
+                f"{rates['bytes'] / 1e9:.3g} GB/s",
+                f"{rates['exps'] / 1e9:.3g} G/s" if "exps" in rates else "",
+                f"{rates['flops'] / 1e9:.4g} GFLOP/s",
+            ]
         )
-    return "\n".join(lines)
+        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+        used.setdefault(versions, []).append(i + 1)
+    lines = [
+        f"{'Every run' if len(used) == 1 else 'Run ' + ', '.join(map(str, numbers))}: {versions}."
+        for versions, numbers in used.items()
+    ]
+    return markdown(rows) + "\n\n" + "\n".join(lines)
 
 
 def suite_table(tables: Mapping[str, Mapping[str, Record]], stored: Mapping[str, Any]) -> str:
@@ -349,7 +422,7 @@ def suite_table(tables: Mapping[str, Mapping[str, Record]], stored: Mapping[str,
                 group,
                 f"**{name}**" if record["ours"] else name,
                 seconds(record["median"]),
-                f"{seconds(record['q1'])} - {seconds(record['q3'])}",
+                spread(record),
                 "" if ratio is None else f"{ratio:.3g}",
             ]
             row += [per_second(record)] if items else []
@@ -368,8 +441,9 @@ def finetune_table(tables: Mapping[str, Mapping[str, Record]]) -> str:
     """A row a regime and batch: what trains, what a step takes, what it holds."""
     rows = [
         [
-            "system", "batch", "checkpointing", "regime", "trains", "studies a second", "x peft",
-            "weights", "gradients", "AdamW", "activations", "peak of a step", "x peft",
+            "system", "batch", "checkpointing", "regime", "trains", "studies a second",
+            "speed / peft's", "weights", "gradients", "AdamW", "activations", "peak of a step",
+            "peak / peft's",
         ]
     ]  # fmt: skip
     for group, table in tables.items():
@@ -412,10 +486,12 @@ def skipped(tables: Mapping[str, Mapping[str, Record]]) -> list[str]:
         for name, record in table.items():
             if record.get("skipped"):
                 reasons.setdefault((name, record["skipped"]), []).append(group)
-    return [
-        f"- {name}{'' if len(where) == len(tables) else ' (' + ', '.join(where) + ')'}: {reason}"
-        for (name, reason), where in reasons.items()
-    ]
+    takes_part = Counter(name for table in tables.values() for name in table)
+    lines = []
+    for (name, reason), where in reasons.items():
+        some = "" if len(where) == takes_part[name] else f" ({', '.join(where)})"
+        lines.append(f"- {name}{some}: {reason}")
+    return lines
 
 
 def floor_share(record: Record, stored: Mapping[str, Any]) -> str:
@@ -497,7 +573,7 @@ the model adds the instructions that the compiled kernels issue, counted in thei
 ([kernels.md](kernels.md)): on sm_90 {known["forward"]} for each (b, d, l, n) forward and
 {known["backward"]} backward with every gradient, {known["first forward"]} and
 {known["first backward"]} more where a long sequence is cut into chunks; mamba_ssm's CUDA kernels
-55 and 112 at length 197, 23 and 71 at 4096. Assumed: a copy reaches
+55 and 112 at length 197, 23 and 71 from 4096 on. Assumed: a copy reaches
 {100 * roofline.COPY_SHARE:.0f} % of the memory's rate (measured on an H200), products
 {100 * roofline.PRODUCT_SHARE:.0f} % of the data sheet's; every operation reads and writes memory
 once; no time for launches, latency, or uneven work. So a real run is slower than the model, and a
@@ -588,6 +664,13 @@ def per_second(record: Record) -> str:
         return ""
     rate = record["items"][0] / record["median"]
     return f"{rate:.3g}" if rate < 1000 else f"{rate:,.0f}"
+
+
+def spread(record: Record) -> str:
+    """The quartiles, or of how few calls the time is."""
+    if record["rounds"] < 3:
+        return "one call" if record["rounds"] == 1 else "two calls"
+    return f"{seconds(record['q1'])} - {seconds(record['q3'])}"
 
 
 def seconds(value: float) -> str:

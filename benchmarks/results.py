@@ -19,6 +19,7 @@ FOLDER = Path(__file__).parent / "results"
 FORMAT = 1
 SAME = ("device", "kind", "cores", "system")  # of the machine
 SLACK = 0.15  # of a ratio, that --compare forgives
+LEAST = 2**24  # bytes of peak memory, below which pages that come and go make the ratio
 
 
 class ResultError(ValueError):
@@ -61,7 +62,7 @@ def merged(
     Args:
         stored: from `read`; None: there is nothing yet.
         machine: from `benchmarks.machine.describe`.
-        run: what the records share: when, commit, versions, size, threads, rates.
+        run: what the records share: when, commit, versions, size, rates.
         records: of this run.
     Raises:
         ResultError: the stored results are another machine's.
@@ -116,7 +117,7 @@ def groups(records: Iterable[Record]) -> dict[tuple[str, str], dict[str, Record]
 
 @dataclass(frozen=True)
 class Ratio:
-    """How long one of ours takes as a share of a peer's time, now and in the stored run."""
+    """How much one of ours takes as a share of what a peer takes, now and in the stored run."""
 
     suite: str
     group: str
@@ -126,6 +127,7 @@ class Ratio:
     now: float
     best_now: float
     """The ratio of our first quartile to the peer's third: what noise may explain."""
+    what: str = "time"
 
     def worse(self, slack: float) -> bool:
         """Whether even the best reading of this run is worse than the stored one by `slack`."""
@@ -133,13 +135,13 @@ class Ratio:
 
     def __str__(self) -> str:
         return (
-            f"{self.suite} {self.group}: {self.ours} takes {self.now:.3g} of {self.peer}'s time, "
-            f"it took {self.stored:.3g}"
+            f"{self.suite} {self.group}: {self.ours} takes {self.now:.3g} of {self.peer}'s "
+            f"{self.what}, it took {self.stored:.3g}"
         )
 
 
 def ratios(stored: Mapping[str, Any], records: Sequence[Record]) -> Iterator[Ratio]:
-    """Every ratio of ours to a peer that both runs measured.
+    """Every ratio of ours to a peer that both runs measured: times, and peak memory above `LEAST`.
 
     Args:
         stored: from `read`.
@@ -160,6 +162,14 @@ def ratios(stored: Mapping[str, Any], records: Sequence[Record]) -> Iterator[Rat
                     now=here[ours]["median"] / here[peer]["median"],
                     best_now=here[ours]["q1"] / here[peer]["q3"],
                 )
+                peaks = [_peak(table[name]) for table in (there, here) for name in (ours, peer)]
+                if min(peaks) > LEAST:
+                    before_, now = peaks[0] / peaks[1], peaks[2] / peaks[3]
+                    yield Ratio(suite, group, ours, peer, before_, now, now, "peak memory")
+
+
+def _peak(record: Record) -> int:
+    return (record.get("memory") or {}).get("peak", 0)
 
 
 def measured(record: Record | None) -> bool:

@@ -121,7 +121,7 @@ INSTRUCTIONS = {
 # A scan is cut into chunks where it has fewer programs, of so many channels, a multiprocessor.
 FEW_PROGRAMS, LANES = 3, 32
 # The same of mamba_ssm's CUDA kernels for sm_90, by length: forward, backward.
-PEER_INSTRUCTIONS = {197: (55.0, 112.0), 4096: (23.0, 71.0)}
+PEER_INSTRUCTIONS = {197: (55.0, 112.0), 4096: (23.0, 71.0), 65536: (23.0, 71.0)}
 
 
 @dataclass(frozen=True)
@@ -239,6 +239,7 @@ def encoder(
         "scans": scans + Counts(bytes=2 * size * tokens * dim, exps=2.0 * tokens * dim),
         "out_proj": linear(tokens, dim, dim, size),
         "MLP": linear(tokens, dim, 2 * hidden, size) + linear(tokens, hidden, dim, size),
+        "SwiGLU": Counts(bytes=3 * size * tokens * hidden, exps=2.0 * tokens * hidden),
         "norms and sums": Counts(bytes=12 * size * tokens * dim),
     }
     return {
@@ -282,13 +283,14 @@ def counted(facts: Mapping[str, Any]) -> Counts:
     return Counts(*(float(facts.get(name, 0)) for name in ("bytes", "exps", "flops")))
 
 
-def measured_card(name: str, rates: dict[str, float]) -> Card:
+def measured_card(name: str, rates: Mapping[str, float]) -> Card:
     """The device that `benchmarks.machine.rates` measured.
 
-    A known card keeps its data sheet's exponentials and instructions; of another one, and of the
-    CPU, instructions are not modelled.
+    A known card keeps its data sheet's exponentials and instructions; of another one neither is
+    modelled, and of the CPU the exponentials are those that were measured.
     """
     for card in CARDS:
         if card.name.split()[0] in name:
             return replace(card, name=name, bytes=rates["bytes"], flops=rates["flops"])
-    return Card(name, rates["bytes"], rates["exps"], float("inf"), rates["flops"])
+    exps = rates.get("exps", float("inf"))
+    return Card(name, rates["bytes"], exps, float("inf"), rates["flops"])

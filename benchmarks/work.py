@@ -78,6 +78,12 @@ class Case:
     warm: bool = False
 
 
+def error_line(error: Exception) -> str:
+    """The error's type and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}{': ' + lines[0] if lines else ''}"
+
+
 def errors(results: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, float]:
     """Largest difference of each result, as a share of the truth's largest magnitude.
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +32,7 @@ from benchmarks import (
     roofline,
 )
 from benchmarks.work import Case, Contender, Work, errors
+from emrrg import vision
 from emrrg.vision import VISION_PRESETS, VisionMamba
 from kernels import selective_scan as scan_kernels
 from kernels.reference import scan_ref
@@ -102,6 +105,9 @@ def test_mamba_ssm_floor_is_the_published_one():
     forward, backward = roofline.peer_scan(roofline.Scan(64, 768, 197)) or (0, 0)
     assert forward / H200.issue == pytest.approx(254e-6, rel=0.01)
     assert backward / H200.issue == pytest.approx(520e-6, rel=0.01)
+    forward, backward = roofline.peer_scan(roofline.Scan(1, 2048, 65536)) or (0, 0)
+    assert forward / H200.issue == pytest.approx(1458e-6, rel=0.02)
+    assert backward / H200.issue == pytest.approx(4556e-6, rel=0.01)
     assert roofline.peer_scan(roofline.Scan(1, 8, 33)) is None
 
 
@@ -112,6 +118,7 @@ def test_encoder_products_are_those_that_torch_counts():
         model(torch.randn(batch, 3, pixels, pixels))
     parts = roofline.encoder(batch, pixels, dim, depth)
     assert sum(c.flops for c in parts.values()) == counter.get_total_flops()
+    assert parts["SwiGLU"].bytes == depth * 2 * 3 * batch * (16 + 1) * (64 * 4 * 2 // 3)
 
 
 def test_instructions_are_those_of_the_compiled_kernels():
@@ -185,6 +192,8 @@ def test_a_measured_card_keeps_what_was_measured():
     assert (cpu.bytes, cpu.exps, cpu.flops, cpu.issue) == (1.0, 2.0, 3.0, math.inf)
     h200 = roofline.measured_card("NVIDIA H200", rates)
     assert (h200.bytes, h200.exps, h200.issue) == (1.0, H200.exps, H200.issue)
+    other = roofline.measured_card("NVIDIA L40S", {"bytes": 1.0, "flops": 3.0})
+    assert roofline.floor(roofline.Counts(bytes=2, exps=1e30, flops=3), other) == 2.0
 
 
 # Peers compute what they are said to compute.
@@ -207,7 +216,7 @@ def test_loops_are_the_scan_with_all_gradients(name):
 
     def compiled(*tensors):
         with torch.compiler.set_stance("force_eager"):  # the arithmetic, not the compiler
-            return function(*(t.float() for t in tensors))
+            return function()(*(t.float() for t in tensors))
 
     call = {"scan_by_slices": by_slices, "scan_compiled": compiled}.get(name, function)
     expected = scan_ref(*given.values(), delta_softplus=True)
@@ -227,6 +236,39 @@ def test_loops_are_the_scan_with_all_gradients(name):
         torch.testing.assert_close(
             a.double(), b, rtol=tolerance, atol=tolerance, msg=lambda m, key=key: f"{key}: {m}"
         )
+
+
+@pytest.mark.parametrize("name", ["mambapy", "transformers", "mamba_ssm reference"])
+def test_peers_take_part_in_half_precision(name):
+    reason = {"mambapy": peers.mambapy, "transformers": peers.transformers_scan}.get(name, tuple)()
+    if reason:
+        pytest.skip(reason)
+    arguments = {"mode": "both", "batch": 2, "dim": 6, "length": 9, "dtype": "bfloat16"}
+    work = bench_selective_scan.build(name, **arguments)
+    assert work.results is not None
+    found = work.results()
+    assert found["out"].dtype == torch.bfloat16 and len(found) == 9
+    assert max(errors(found, bench_selective_scan.truth(**arguments)).values()) < 3e-2
+
+
+def test_every_shape_and_mode_of_the_compiled_scan_is_compiled(monkeypatch):
+    compile_ = torch.compile
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(peers, "CHUNK", 1)
+    monkeypatch.setattr(torch, "compile", lambda f, **more: compile_(f, backend=backend, **more))
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for mode, dim in (("forward", 3), ("both", 4), ("both-frozen", 5)):
+            before = len(graphs)
+            bench_selective_scan.build(
+                bench_selective_scan.COMPILED, mode, batch=1, dim=dim, length=3, dtype="float32"
+            ).once()
+            assert len(graphs) > before, f"{mode} ran uncompiled"
+    torch.compiler.reset()
 
 
 def test_the_truth_of_the_scan_is_the_reference():
@@ -316,6 +358,23 @@ def test_a_step_trains_what_the_regime_says(regime):
     assert (run.features is not None) == (regime == "linear-probe")
 
 
+@pytest.mark.parametrize("regime", bench_finetune.REGIMES)
+def test_a_step_is_checked_through_the_encoder(regime, monkeypatch):
+    arguments = {"name": "small", "pixels": 32, "decoder": "tiny", "tokens": 4, "batch": 2}
+    work = bench_finetune.build(regime, checkpointing=True, **arguments)
+    truth = bench_finetune.truth(checkpointing=True, **arguments)
+    assert work.results is not None
+    assert max(errors(work.results(), truth).values()) < 1e-5
+    if regime == "linear-probe":
+        return
+    recompute = vision.checkpoint
+    monkeypatch.setattr(
+        vision, "checkpoint", lambda block, h, *more, **how: recompute(block, h, *more, **how) + h
+    )
+    wrong = errors(work.results(), truth)
+    assert wrong["dimages"] > 1e-2
+
+
 # Checks and records.
 
 
@@ -374,7 +433,10 @@ CASE = Case(
 def run_measure(contender: Contender, case: Case = CASE) -> tuple[list[results.Record], Any]:
     records: list[results.Record] = []
     benchmark = FakeBenchmark()
-    measure.Measure(benchmark, "smoke", records)(case, contender)
+    try:
+        measure.Measure(benchmark, "smoke", records)(case, contender)
+    except pytest.skip.Exception as skipped:  # or the test would be skipped, not red
+        pytest.fail(f"not measured: {skipped}")
     return records, benchmark
 
 
@@ -389,15 +451,69 @@ def test_a_right_contender_is_timed():
 
 @pytest.mark.parametrize("name", ["wrong", "nan"])
 def test_a_wrong_result_is_never_timed(name):
-    with pytest.raises((AssertionError, pytest.skip.Exception), match="wrong: y is off") as failed:
+    with pytest.raises(AssertionError, match="wrong: y is off"):
         run_measure(Contender(name, ours=True))
-    assert failed.type is AssertionError
     records: list[results.Record] = []
     benchmark = FakeBenchmark()
     with pytest.raises(pytest.skip.Exception, match="wrong: y is off by"):
         measure.Measure(benchmark, "smoke", records)(CASE, Contender(name))
     assert benchmark.stats is None and records[0]["median"] is None
     assert "not timed" in records[0]["skipped"]
+
+
+def breaking(contender: str, value: float) -> Work:
+    """Fails as its name says, at once or when it is built a second time, to be weighed."""
+    failures = {
+        "full": torch.OutOfMemoryError("no room"),
+        "cublas": RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"),
+        "broken": ValueError("no such thing\nand more"),
+    }
+    builds.append(contender)
+    if contender in failures and (value == 0 or len(builds) == 2):
+        raise failures[contender]
+    return Work(lambda: None)
+
+
+builds: list[str] = []
+
+
+@pytest.mark.parametrize("name", ["full", "cublas"])
+def test_what_does_not_fit_is_a_skip_with_its_reason(name):
+    records: list[results.Record] = []
+    case = Case("suite", "group", breaking, {"value": 0})
+    with pytest.raises(pytest.skip.Exception, match="does not fit") as skipped:
+        measure.Measure(FakeBenchmark(), "smoke", records)(case, Contender(name, ours=True))
+    assert records[0]["median"] is None and "does not fit" in records[0]["skipped"]
+    assert skipped.value.__context__ is None  # whose frames would keep tensors
+
+
+def test_a_time_is_kept_where_there_is_no_room_to_weigh(monkeypatch):
+    builds.clear()
+    monkeypatch.setattr(memory, "peak", lambda build, arguments, warm: build(**arguments))
+    records, _ = run_measure(Contender("full", ours=True), Case("s", "g", breaking, {"value": 1}))
+    assert builds == ["full", "full"]
+    assert records[0]["median"] > 0 and "skipped" not in records[0] and "memory" not in records[0]
+
+
+def test_what_fails_is_recorded_and_red():
+    records: list[results.Record] = []
+    case = Case("suite", "group", breaking, {"value": 0})
+    with pytest.raises(ValueError, match="no such thing"):
+        measure.Measure(FakeBenchmark(), "smoke", records)(case, Contender("broken"))
+    assert records[0]["skipped"] == "failed: ValueError: no such thing"
+    assert records[0]["median"] is None
+
+
+def test_rounds_are_planned_with_a_warm_call():
+    calls = []
+
+    def run():
+        calls.append(machine.now())
+        if len(calls) == 1:
+            time.sleep(0.2)  # compiles
+
+    found = measure.Measure(FakeBenchmark(), "default", [])._time(Work(run))
+    assert found["rounds"] == 30  # as many as a fast call gets
 
 
 def test_a_missing_peer_is_a_skip_with_its_reason():
@@ -421,6 +537,16 @@ def test_no_install_is_asked_for_what_is_there():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to time it on")
 def test_the_interpreter_is_never_timed():
     assert "interpreter" in (bench_selective_scan.available("triton")() or "")
+
+
+def test_the_interpreter_is_refused_where_a_gpu_would_be_timed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    config = SimpleNamespace(stash={}, getoption=lambda name: None)
+    with pytest.raises(pytest.UsageError, match="unset TRITON_INTERPRET"):
+        conftest.pytest_configure(config)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    conftest.pytest_configure(config)
 
 
 def test_slow_calls_are_repeated_less():
@@ -452,6 +578,64 @@ def test_peak_memory_is_what_the_call_takes():
     assert found["held"] == 32 * 2**20
     assert 95.5 <= found["peak"] / 2**20 <= 100  # a few of its pages may be resident before
     assert 128 <= found["total"] / 2**20 <= 160
+
+
+def killed(contender: str) -> Work:
+    """What the system does to a process that takes too much."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists() or torch.cuda.is_available(), reason="Linux, CPU"
+)
+def test_a_process_without_memory_is_no_failure():
+    with pytest.raises(MemoryError, match="status -9"):
+        memory.peak(killed, {"contender": "any"}, warm=True)
+
+
+def keeper(path: Path) -> conftest.Keeper:
+    return conftest.Keeper(path, "smoke", {("selective_scan", g): {"ours", "peer"} for g in "abc"})
+
+
+def test_every_test_leaves_what_was_measured_in_the_file(tmp_path):
+    file = tmp_path / "run.json"
+    records = [record("a", "ours", 1.0)]
+    first = keeper(file)
+    for more in ([], [record("a", "peer", 2.0)], [record("b", "ours", 3.0)]):
+        records += more
+        first.keep(records)
+        assert [r["median"] for r in results.read(file)["records"]] == [
+            r["median"] for r in records
+        ]
+    assert len(results.read(file)["runs"]) == 1
+    # The next run ends within the second group, and an unmeasured record is none.
+    again = keeper(file)
+    more = [record("a", "ours", 4.0), record("a", "peer", None, skipped="absent")]
+    again.keep(more)
+    again.keep([*more, record("b", "ours", 5.0), record("c", "ours", 6), record("c", "peer", None)])
+    kept = results.read(file)
+    assert sorted((r["group"], r["contender"], r["median"]) for r in kept["records"]) == [
+        ("a", "ours", 4.0), ("a", "peer", None), ("b", "ours", 5.0), ("c", "ours", 6.0),
+    ]  # fmt: skip
+    assert again.parts == []
+
+
+def test_a_part_of_a_group_takes_the_place_of_nothing(tmp_path):
+    file = tmp_path / "run.json"
+    results.write(
+        file,
+        results.merged(
+            None, machine.describe(), RUN, [record("a", "ours", 1.0), record("a", "peer", 2.0)]
+        ),
+    )
+    part = keeper(file)
+    part.keep([record("a", "ours", 9.0)])
+    assert [r["median"] for r in results.read(file)["records"]] == [1.0, 2.0]
+    assert part.parts == ["selective_scan a"]
+    part.keep([record("a", "ours", 9.0), record("a", "peer", 8.0)])
+    assert [r["median"] for r in results.read(file)["records"]] == [9.0, 8.0]
+    assert part.parts == []
 
 
 def test_groups_are_saved_whole():
@@ -514,6 +698,20 @@ def test_noise_is_no_loss():
     assert not compared(1.0, 1.3, spread=0.2).worse(0.15)
 
 
+@pytest.mark.parametrize(("ours", "lost"), [(110, False), (120, True)])
+def test_lost_memory_is_found(ours, lost):
+    def pair(peak: int) -> list[results.Record]:
+        return [
+            record("g", "ours", 1.0, ours=True, memory={"peak": peak * 2**20}),
+            record("g", "peer", 2.0, memory={"peak": 200 * 2**20}),
+        ]
+
+    found = [r for r in results.ratios(stored(*pair(100)), pair(ours)) if r.what != "time"]
+    assert [r.worse(0.15) for r in found] == [lost]
+    assert str(found[0]).endswith(f"takes {ours / 200:.3g} of peer's peak memory, it took 0.5")
+    assert len(list(results.ratios(stored(*pair(1)), pair(ours)))) == 1  # too little to compare
+
+
 def test_groups_that_only_one_run_has_are_not_compared():
     assert not list(results.ratios(stored(record("other", "ours", 1.0, ours=True)), []))
     fresh = [record("new", "ours", 1.0, ours=True), record("new", "peer", 1.0)]
@@ -550,6 +748,17 @@ def test_save_and_compare_from_the_command_line(tmp_path):
     second = benchmarks_run("--compare", str(file))
     assert second.returncode == 1, second.stdout
     assert "emrrg takes" in second.stdout
+
+
+def test_a_comparison_of_nothing_fails_and_says_so():
+    stash = {
+        conftest.RECORDS: [record("new", "ours", 1.0, ours=True)],
+        conftest.STORED: stored(record("other", "ours", 1.0, ours=True)),
+    }
+    session = SimpleNamespace(config=SimpleNamespace(stash=stash), exitstatus=0)
+    conftest.pytest_sessionfinish(session)
+    assert session.exitstatus == pytest.ExitCode.TESTS_FAILED
+    assert stash[conftest.COMPARED] == ["nothing to compare: no group is in both runs"]
 
 
 @pytest.mark.parametrize(
@@ -611,12 +820,15 @@ def test_claims_are_ratios_of_one_device():
             finetune(4, "encoder", 1.0, peak=90),
         )
     )
-    assert found == [
+    assert [claim.value for claim in found] == [
         pytest.approx(200), pytest.approx(22.5), pytest.approx(4), None, pytest.approx(1.5),
         pytest.approx(0.5), pytest.approx(1.5), pytest.approx(1.0),
     ]  # fmt: skip
+    assert [str(found[i]) for i in (0, 3, 4, 5)] == [
+        "200 x", "not measured", "1.5 x", "0.5 x, 1 of 2 settings",
+    ]  # fmt: skip
     on_gpu = report.claims(stored(*scans(), machine=GPU))
-    assert on_gpu == [None] * len(report.CLAIMS)  # they speak of the CPU
+    assert {claim.value for claim in on_gpu} == {None}  # they speak of the CPU
 
 
 def test_what_was_not_measured_says_so():
@@ -626,7 +838,8 @@ def test_what_was_not_measured_says_so():
     assert len(lines) == 1 + len(report.CLAIMS)
     assert "| 200 x | not measured |" in lines[1]
     assert all(line.endswith("| not measured | not measured |") for line in lines[4:])
-    assert report.times(14.5, 15) == "14.5 x (missed)" and report.times(15.0, 15) == "15 x"
+    assert report.verdict(report.Shown(14.5), 15) == "14.5 x (missed)"
+    assert report.verdict(report.Shown(15.0), 15) == "15 x"
     assert "- vLLM: needs a CUDA device" in page
     assert f"### Writing reports\n\n{report.NOTES['generation']}\n\nNot measured." in page
     assert "Every suite: not measured" in page
@@ -657,6 +870,50 @@ def test_a_regime_that_does_not_fit_is_in_the_table():
     assert len({len(row) for row in rows if not row[0].startswith("|-")}) == 1
 
 
+def test_groups_stand_by_shape_then_mode_and_curves_last():
+    def group(name: str, series: dict[str, Any] | None = None) -> tuple[str, Any]:
+        return name, {"any": record(name, "any", 1.0, series=series)}
+
+    groups = [
+        group("both-1x9x100-float32", {"name": "scan", "x": 100}),
+        group("both-1x9x20-float32", {"name": "scan", "x": 20}),
+        group("both-frozen-8x9x100-float32"), group("both-8x9x100-float32"),
+        group("forward-64x9x20-float32"), group("forward-8x9x100-float32"),
+    ]  # fmt: skip
+    assert [name for name, _ in sorted(groups, key=report.place)] == [
+        "forward-8x9x100-float32", "both-8x9x100-float32", "both-frozen-8x9x100-float32",
+        "forward-64x9x20-float32", "both-1x9x20-float32", "both-1x9x100-float32",
+    ]  # fmt: skip
+
+
+def test_a_spread_of_few_calls_says_so():
+    assert report.spread(record("g", "who", 10.0, rounds=1)) == "one call"
+    assert report.spread(record("g", "who", 10.0, rounds=2)) == "two calls"
+    assert report.spread(record("g", "who", 10.0)) == "9.5 s - 10.5 s"
+
+
+def test_runs_share_the_line_of_their_versions():
+    first = stored(record("a", "ours", 1.0))
+    rates = {"bytes": 2e12, "flops": 5e14}  # of a GPU, where exponentials are not measured
+    second = results.merged(first, MACHINE, {**RUN, "rates": rates}, [record("b", "ours", 1.0)])
+    lines = report.runs_line(second).splitlines()
+    assert (
+        "| 1: 2030-01-01 00:00 | 0123456789ab | default | selective_scan | 20 GB/s | 4 G/s |"
+        in (lines[2])
+    )
+    assert "| 2e+03 GB/s |  | 5e+05 GFLOP/s |" in lines[3]
+    assert lines[-1] == "Every run: torch 2."
+
+
+def test_reasons_name_groups_only_where_they_hold_for_some():
+    absent = {"skipped": "needs a GPU"}
+    tables = {
+        "a": {"x": record("a", "x", None, **absent), "y": record("a", "y", None, **absent)},
+        "b": {"y": record("b", "y", 1.0)},
+    }
+    assert report.skipped(tables) == ["- x: needs a GPU", "- y (a): needs a GPU"]
+
+
 def test_fit_finds_the_power():
     points = [(float(x), 3e-6 * x**1.7) for x in (128, 256, 512, 1024)]
     assert report.fit(points) == pytest.approx(1.7)
@@ -685,6 +942,7 @@ def test_page_pictures_and_readme_are_written_and_checked(tmp_path, capsys):
         for who in ("native", "mambapy")
     ]  # fmt: skip
     steps = [finetune(1, r, 1.0, 90) for r in ("peft", "full")]
+    steps += [r | {"group": r["group"].replace("base", "large")} for r in steps]
     results.write(tmp_path / "results" / "cpu.json", stored(*scans(), *curve, *steps))
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
@@ -698,7 +956,7 @@ def test_page_pictures_and_readme_are_written_and_checked(tmp_path, capsys):
     page = (tmp_path / report.PAGE).read_text()
     pictures = {p.name for p in (tmp_path / "docs" / "benchmarks").iterdir()}
     named = {line.split("(benchmarks/")[1][:-1] for line in page.splitlines() if "![" in line}
-    assert pictures == named and len(named) == 2
+    assert pictures == named and len(named) == 3  # a curve, two systems
     (tmp_path / report.PAGE).write_text(page + "by hand\n")
     assert report.main([*options, "--check"]) == 1
     assert "is not what the results say" in capsys.readouterr().out
