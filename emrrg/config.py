@@ -182,7 +182,9 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast type; auto is bf16 on CUDA and fp32 on the CPU."""
     compile: bool = False
-    """Compile the encoder's blocks and the decoder's layers with torch.compile."""
+    """Compile the encoder's blocks and the decoder's layers with torch.compile. What it makes of
+    them can depend on the shapes that come first and on its cache: the last bits of a run that goes
+    on may differ."""
     checkpointing: bool = False
     """Keep only the input of each encoder block and decoder layer, and compute the rest again in
     the backward pass."""
@@ -234,8 +236,8 @@ class TrainConfig:
     """Run folder [default: runs/<recipe or data set>, numbered where that exists]."""
     resume: str | None = None
     """Go on with this run folder, from its last checkpoint, with its configuration; only --epochs,
-    --device, --threads, --workers, --log-every, --save-every, --keep-last, --bad-steps and
-    --tensorboard may be given beside it."""
+    --patience, --device, --threads, --workers, --log-every, --save-every, --keep-last, --bad-steps
+    and --tensorboard may be given beside it."""
     log_every: int = 10
     """Steps between log lines."""
     save_every: int = 200
@@ -370,7 +372,7 @@ def from_dict(cls: type[ConfigT], values: Mapping[str, Any], where: str) -> Conf
         values: field name to value.
         where: the file that the values come from, for messages.
     Raises:
-        InputError: an unknown key, or a value that the class refuses.
+        InputError: an unknown key, one that is missing, or a value that the class refuses.
     """
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = _present_names(cls, values)
@@ -379,6 +381,10 @@ def from_dict(cls: type[ConfigT], values: Mapping[str, Any], where: str) -> Conf
         if name not in known:
             raise InputError(f"{where}: unknown key {name!r}")
         _check_type(value, hints[name], f"{where}: {name}")
+    for name, item in known.items():
+        required = item.default is item.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise InputError(f"{where}: key {name!r} is missing")
     clean = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return cls(**clean)
 
@@ -448,7 +454,8 @@ def parse_config(
     if path is not None:
         values = _present_names(cls, read_json(path))
         from_file = {k: v for k, v in values.items() if k not in given}
-        from_dict(cls, {**_defaults(cls), **values}, str(path))
+        places = {name: given[name] for name in positional}
+        from_dict(cls, {**_defaults(cls), **places, **values}, str(path))
         given = {**from_file, **given}
     suggested = dict(presets(given)) if presets else {}
     return from_dict(cls, {**_defaults(cls), **suggested, **given}, prog), given
@@ -567,7 +574,7 @@ def _check_type(value: Any, hint: Any, where: str) -> None:
             fits = value in typing.get_args(kind)
         elif origin is tuple:
             fits = isinstance(value, (list, tuple))
-        elif origin is dict:
+        elif origin in (dict, Mapping):
             fits = isinstance(value, dict)
         elif kind is float:
             fits = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,9 +81,13 @@ def local_device(device: torch.device) -> torch.device:
     """This process's own device: under torchrun, CUDA device number LOCAL_RANK.
 
     Raises:
-        InputError: more processes on this machine than CUDA devices.
+        InputError: more processes on this machine than CUDA devices, or one device for them all.
     """
-    if device.type != "cuda" or "LOCAL_RANK" not in os.environ or device.index is not None:
+    if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
+        return device
+    if device.index is not None:
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+            raise InputError(f"--device {device}: each process needs its own; say --device cuda")
         return device
     local = int(os.environ["LOCAL_RANK"])
     if local >= torch.cuda.device_count():
@@ -178,6 +183,8 @@ def replicated(model: nn.Module, world: World, device: torch.device) -> nn.Modul
     """The model with gradients averaged over the processes (DDP); itself where there is one."""
     if world.size == 1:
         return model
+    # The class token's, in a batch of one: of no consequence at its size.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
     frozen += [n for n, _ in model.named_buffers()]
     # Frozen weights are the same everywhere already, or sharded: DDP must not broadcast them.

@@ -33,7 +33,7 @@ from emrrg.errors import InputError
 from emrrg.evaluation import autocast
 from emrrg.model import IGNORED, ReportGenerator, set_regime
 from emrrg.optim import build_optimizer
-from emrrg.progress import Progress
+from emrrg.progress import SAVED, Progress
 from emrrg.runs import (
     find_checkpoint,
     load_run,
@@ -119,7 +119,7 @@ def prepare(
     place = torch.device("cpu") if config.shard_llm else device
     step_studies = config.batch_size * config.accumulate * world.size
     if resuming:
-        step_studies = read_state(find_checkpoint(run, "last"))["step_studies"]
+        step_studies = state_to_resume(run)[1]["step_studies"]
         size = read_model_config(run).image_size
     else:
         check_fit(config)
@@ -172,7 +172,20 @@ def prepare(
         set_batch_size(session, run)
     session.seconds["data"] += seconds
     session.features = cached_features(session)
+    if world.size > 1:
+        settle(session)
     return session
+
+
+def settle(session: Session) -> None:
+    """Fix in which order gradients are summed over the processes.
+
+    DDP decides it by its first backward pass, for all after that one. With a first one that counts
+    for nothing, every step of a run that goes on is summed as in a run that was never stopped.
+    """
+    session.model.train()
+    backward(session, [], None, tokens=1, last=True)
+    session.optimizer.zero_grad(set_to_none=True)
 
 
 def store_frozen(model: ReportGenerator, config: TrainConfig, device: torch.device) -> None:
@@ -247,15 +260,12 @@ def training_step(
     session.optimizer.zero_grad(set_to_none=True)
     loss = 0.0 if read else math.nan
     for k, (indices, images) in enumerate(inputs):
-        try:
+        with fitting(session, indices, images):
             loss += backward(session, indices, images, tokens, last=k == len(inputs) - 1)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            raise InputError(does_not_fit(session, indices, images)) from error
     loss, stop = world.total([loss, float(stopped())], session.device)
     if math.isfinite(loss):
-        loss = update(session, loss)
+        with fitting(session, *inputs[-1]):  # the first update also makes AdamW's moments
+            loss = update(session, loss)
     session.seconds["network"] += time.perf_counter() - started
     return Step(loss, failures, stop > 0)
 
@@ -309,6 +319,21 @@ def backward(
         # DDP averages over the processes; the weights sum to 1 over them.
         session.scaler.scale(loss * (weight * world.size)).backward()
     return float(loss.detach()) * weight if indices else 0.0
+
+
+@contextlib.contextmanager
+def fitting(session: Session, indices: Sequence[int], batch: Batch | None) -> Iterator[None]:
+    """Say which batch memory ran out with.
+
+    Raises:
+        InputError: it ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise InputError(does_not_fit(session, indices, batch)) from error
 
 
 def does_not_fit(session: Session, indices: Sequence[int], batch: Batch | None) -> str:
@@ -374,6 +399,9 @@ def largest_batch(session: Session) -> int:
     views, side = max(session.studies["train"].views()), session.model.config.image_size
     floor, room = memory_bytes(), available_memory(session.device)
     per_study = 0.0
+    moments = 2 * sum(p.numel() * p.element_size() for p in session.parameters.values())
+    room = None if room is None else room - moments
+    beside: list[Tensor] = []
     session.model.train()
 
     def fits(size: int) -> bool:
@@ -389,6 +417,8 @@ def largest_batch(session: Session) -> int:
             [],
         )
         try:
+            # AdamW's moments, which only the first step makes, must find room beside the batch.
+            beside.append(torch.empty(moments, dtype=torch.uint8, device=session.device))
             # Each process by itself: they may come to different ends.
             backward(session, batch.indices, batch, size * len(session.rows[longest]), last=False)
         except (RuntimeError, MemoryError) as error:
@@ -396,6 +426,7 @@ def largest_batch(session: Session) -> int:
                 raise
             return False
         finally:
+            beside.clear()
             session.optimizer.zero_grad(set_to_none=True)
         per_study = max(per_study, (memory_bytes() - floor) / size)
         return True
@@ -461,10 +492,26 @@ def save(run: Path, session: Session, progress: Progress, *, best: bool = False)
     world.wait()
 
 
-def restore(run: Path, session: Session, progress: Progress) -> None:
-    """Read back what `save` wrote; the weights are in the model already."""
+def state_to_resume(run: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of a run's last checkpoint, and what it says beside its tensors.
+
+    Raises:
+        InputError: there is none, or it does not say all that a run needs to go on.
+    """
     folder = find_checkpoint(run, "last")
     state = read_state(folder)
+    for name in (*SAVED, "best_score", "processes", "step_studies"):
+        if name not in state:
+            raise InputError(
+                f"{folder / 'state.json'}: holds no {name!r}, so the run cannot go on from it; "
+                "it is damaged, or another version wrote it"
+            )
+    return folder, state
+
+
+def restore(run: Path, session: Session, progress: Progress) -> None:
+    """Read back what `save` wrote; the weights are in the model already."""
+    folder, state = state_to_resume(run)
     tensors = read_tensors(folder / "optimizer.safetensors")
     moments: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -475,11 +522,11 @@ def restore(run: Path, session: Session, progress: Progress) -> None:
             values = {k: v.to(parameter.device) for k, v in moments[name].items()}
             session.optimizer.state[parameter] = values
     rank, size = session.world.rank, session.world.size
+    # More processes than before, or another kind of device, have nothing to go on with.
+    seed_everything(session.config.seed + 1 + rank + 1000 * state["step"])
     if f"rng:cpu:{rank}" in tensors:
         torch.set_rng_state(tensors[f"rng:cpu:{rank}"])
-    else:  # more processes than before
-        seed_everything(session.config.seed + 1 + rank + 1000 * state["step"])
-    if f"rng:cuda:{rank}" in tensors and session.device.type == "cuda":
+    if session.device.type == "cuda" and f"rng:cuda:{rank}" in tensors:
         torch.cuda.set_rng_state(tensors[f"rng:cuda:{rank}"], session.device)
     if "scaler" in state:
         session.scaler.load_state_dict(state["scaler"])

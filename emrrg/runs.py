@@ -8,6 +8,7 @@
                                      state.json, checksums.json
     runs/x/checkpoints/index.json    which of them are `last` and `best`; replaced atomically
     runs/x/metrics.jsonl  curves.png  samples.md  scores.json  predictions.json
+    runs/x/.lock                     held by the process that trains here
 
 A checkpoint is written under a temporary name, flushed to disk, and renamed; the index names it
 only then. A kill at any moment, or a full disk, leaves the previous checkpoint whole. The last ones
@@ -25,6 +26,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -49,6 +51,8 @@ Which = Literal["best", "last"]
 CHECKSUMS = "checksums.json"
 WEIGHTS = "weights.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+_WHOLE = re.compile(r"step-\d{6,}")
+_HALF = re.compile(r"\.step-\d{6,}\.(tmp|old)")
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,34 @@ def writing(what: Path) -> Iterator[None]:
             f"{what}: cannot be written ({error.strerror or error}); what was saved before is "
             "whole: make room and go on with --resume"
         ) from error
+
+
+@contextlib.contextmanager
+def sole_writer(run: Path) -> Iterator[None]:
+    """Keep other processes from training in a run's folder as long as this one does.
+
+    The lock on ``.lock`` ends with the process, however that ends; what it forks has no part in it.
+    On Windows, and on file systems without locks, nothing happens.
+
+    Raises:
+        InputError: one does already.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(run / ".lock", "w", encoding="ascii") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise InputError(
+                f"{run}: another process is training there; wait for it, or end it (on SIGTERM it "
+                "saves first)"
+            ) from error
+        except OSError:
+            pass
+        yield
 
 
 def save_base(run: Path, model: ReportGenerator, trained: Iterable[str]) -> None:
@@ -161,7 +193,10 @@ def _aside(folder: Path) -> Path:
 
 
 def _prune(run: Path, index: Mapping[str, Any], keep: int) -> None:
-    """Remove the checkpoints that the rule does not keep, and what a kill left half done."""
+    """Remove the checkpoints that the rule does not keep, and what a kill left half done.
+
+    What else people put beside them (a copy under another name) stays.
+    """
     parent = run / "checkpoints"
     if not parent.is_dir():
         return
@@ -169,12 +204,13 @@ def _prune(run: Path, index: Mapping[str, Any], keep: int) -> None:
     for name in named:  # killed between the two renames of a repeated step
         if not (parent / name).exists() and _aside(parent / name).exists():
             os.rename(_aside(parent / name), parent / name)
-    whole = {int(p.name.removeprefix("step-")): p.name for p in parent.glob("step-*")}
+    names = [path.name for path in parent.iterdir() if path.is_dir()]
+    whole = {int(name.removeprefix("step-")): name for name in names if _WHOLE.fullmatch(name)}
     newest = int(index["last"].removeprefix("step-")) if "last" in index else -1
     named |= {whole[step] for step in sorted(step for step in whole if step <= newest)[-keep:]}
-    for path in parent.iterdir():
-        if path.is_dir() and path.name not in named:
-            shutil.rmtree(path, ignore_errors=True)
+    for name in names:
+        if (_WHOLE.fullmatch(name) or _HALF.fullmatch(name)) and name not in named:
+            shutil.rmtree(parent / name, ignore_errors=True)
 
 
 def write_checksums(folder: Path, names: Iterable[str]) -> None:
@@ -373,11 +409,17 @@ def read_model_config(run: Path) -> ModelConfig:
     """
     if is_export(run):
         path = run / "config.json"
-        return from_dict(ModelConfig, read_json(path)["model"], str(path))
+        return _model_config(read_json(path)["model"], path)
     path = run / "base" / "model.json"
     if not path.exists():
         raise InputError(f"{run}: {_why_no_run(run)}")
-    return from_dict(ModelConfig, read_json(path), str(path))
+    return _model_config(read_json(path), path)
+
+
+def _model_config(values: dict[str, Any], path: Path) -> ModelConfig:
+    config = from_dict(ModelConfig, values, str(path))
+    from_dict(DecoderConfig, config.decoder, f"{path}: decoder")
+    return config
 
 
 def _why_no_run(folder: Path) -> str:

@@ -29,6 +29,8 @@ def pick_device(name: str) -> torch.device:
         raise InputError(
             f"--device: {name} is not there ({torch.cuda.device_count()} CUDA devices)"
         )
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # where Triton launches, and whose memory is told
     return device
 
 

@@ -19,14 +19,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from emrrg.config import TrainConfig, flag, parse_config, run_command, to_dict
-from emrrg.data.dataset import batches, epoch_steps, readers_may_die
+from emrrg.data.dataset import batches, epoch_steps, even_batches, readers_may_die
 from emrrg.data.images import normalize
 from emrrg.distributed import World, in_step, joined, local_device, said_once
 from emrrg.engine import (
@@ -66,6 +66,7 @@ from emrrg.runs import (
     read_json,
     read_run_config,
     resume_hint,
+    sole_writer,
     write_json,
     writing,
 )
@@ -81,10 +82,11 @@ BASELINES = {
     "nearest_neighbour": "report of the nearest training image",
 }
 MAY_CHANGE = (
-    "device", "threads", "workers", "log_every", "save_every", "keep_last", "epochs", "bad_steps",
-    "tensorboard",
+    "device", "threads", "workers", "log_every", "save_every", "keep_last", "epochs", "patience",
+    "bad_steps", "tensorboard",
 )  # fmt: skip
-"""Flags that may differ when a run goes on: they leave the numbers of its steps as they are."""
+"""Flags that may differ when a run goes on: they leave the numbers of the steps that it has taken
+as they are. Of those to come, ``epochs`` decides the learning rate, and where they end."""
 AGAIN = 1.0  # seconds after which a further SIGINT is a person's second one
 
 
@@ -116,21 +118,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             dry_run(config, device, world)
             return 0
         run = Path(world.once(lambda: str(run_folder(config))))
-        if config.resume is None:
-            config = dataclasses.replace(config, output=str(run))
-            if world.is_main:
-                write_json(run / "config.json", to_dict(config))
-        elif world.once(lambda: nothing_left(run, config)):
-            return 0
-        world.wait()
-        if not (run / "config.json").exists():
-            raise InputError(f"--output: {run} must be a folder that all machines share")
-        with stop_on_signals(world) as stopped, readers_may_die():
-            train_all = train_phantoms if config.recipe == "phantoms" and not config.init else train
-            try:
-                finished = train_all(config, run, device, world, stopped)
-            except StoppedError:
-                finished = False
+        with sole_writer(run) if world.is_main else nullcontext():
+            if config.resume is None:
+                config = dataclasses.replace(config, output=str(run))
+                if world.is_main:
+                    write_json(run / "config.json", to_dict(config))
+            elif world.once(lambda: nothing_left(run, config)):
+                return 0
+            world.wait()
+            if not (run / "config.json").exists():
+                raise InputError(f"--output: {run} must be a folder that all machines share")
+            with stop_on_signals(world) as stopped, readers_may_die():
+                two_stages = config.recipe == "phantoms" and not config.init
+                train_all = train_phantoms if two_stages else train
+                try:
+                    finished = train_all(config, run, device, world, stopped)
+                except StoppedError:
+                    finished = False
     if not finished:
         log.info("interrupted; go on with: python -m emrrg.train --resume %s", run)
         return 130
@@ -165,17 +169,18 @@ def resumed(run: Path, given: Mapping[str, Any]) -> TrainConfig:
 def nothing_left(run: Path, config: TrainConfig) -> bool:
     """Whether a run that is to go on is at its end; says so, or notes that its end has moved."""
     before, finished = read_run_config(run), read_index(run).get("finished")
-    if finished and config.epochs <= before.epochs:
+    now = dataclasses.replace(before, epochs=config.epochs, patience=config.patience)
+    if finished and now.epochs <= before.epochs and now.patience == before.patience:
         log.info(
-            "%s is finished and scored (--epochs %d), nothing is left to do; a larger --epochs "
+            "%s is finished and scored (--epochs %d), nothing is left to do; a larger --epochs%s "
             "trains on",
-            run, before.epochs,
+            run, before.epochs, ", with another --patience," if before.patience else "",
         )  # fmt: skip
         return True
     if finished:
         mark_finished(run, False)
-    if config.epochs != before.epochs:
-        write_json(run / "config.json", to_dict(dataclasses.replace(before, epochs=config.epochs)))
+    if now != before:
+        write_json(run / "config.json", to_dict(now))
     return False
 
 
@@ -195,7 +200,7 @@ def run_folder(config: TrainConfig) -> Path:
     else:
         stem = Path("runs") / (config.recipe or config.dataset or "run")
         run, number, stopped = stem, 1, None
-        while run.exists():
+        while not made(run):
             if (run / "config.json").exists() and not read_index(run).get("finished"):
                 stopped = run
             number += 1
@@ -213,12 +218,26 @@ def run_folder(config: TrainConfig) -> Path:
     return run
 
 
+def made(folder: Path) -> bool:
+    """Make a folder; False: it is there already, made by another run this very moment perhaps."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise InputError(f"--output: cannot make {folder} ({error.strerror})") from error
+    return True
+
+
 def train_phantoms(
     config: TrainConfig, run: Path, device: torch.device, world: World, stopped: Stopped
 ) -> bool:
     """The two stages of the default run, each of which goes on where it was stopped."""
     folder = run / "source"
     source = dataclasses.replace(source_stage(config), output=str(folder))
+    if config.auto_batch and "last" in read_index(folder):  # the batch that was found then
+        found = read_run_config(folder).batch_size
+        source = dataclasses.replace(source, auto_batch=False, batch_size=found)
     log.info("(a) %s: train the whole model on source phantoms (synthetic images)", folder)
     if not read_index(folder).get("finished"):
         if world.is_main:
@@ -293,6 +312,12 @@ def train(
                     with progress.paused(), session.timed("files"):
                         save(run, session, progress)
                         draw_curves(run, progress)
+                if hopeless and len(step.failures) == len(studies):
+                    raise InputError(
+                        f"--bad-images: {progress.bad_steps} steps in a row trained nothing, the "
+                        f"last because none of its studies could be read ({step.failures[-1]}); "
+                        f"the state before them is in {run}"
+                    )
                 if hopeless:
                     raise InputError(
                         f"--lr: the loss was not finite for {progress.bad_steps} steps in a row "
@@ -362,6 +387,7 @@ def validate(session: Session, progress: Progress, run: Path, stopped: Stopped) 
     )  # fmt: skip
     took(session, result)
     score = selection_score(result.scores, config)
+    progress.unreadable(result.scores["unreadable"])
     progress.say(f"epoch {epoch}: validation {format_scores(result.scores)}")
     progress.write({"step": progress.step, "epoch": epoch, "val": result.brief()})
     if session.world.is_main:
@@ -521,7 +547,11 @@ def dry_run(config: TrainConfig, device: torch.device, world: World) -> None:
             times.append(time.perf_counter() - started)
         test, started = session.studies["test"], time.perf_counter()
         session.model.eval()
-        part = next(batches(test, [list(range(min(len(test), config.eval_batch_size)))]))
+        plan = even_batches(len(test), config.eval_batch_size)
+        skip = config.bad_images == "skip"
+        part = next((part for part in batches(test, plan, skip_bad=skip) if part.ids), None)
+        if part is None:
+            raise InputError("--bad-images: no test study could be read")
         with autocast(device, config.precision), in_step(session.model.llama_model, world, device):
             written = session.model.generate_batch(
                 normalize(part.images.to(device)), part.view_mask.to(device), generation_of(config)
@@ -542,13 +572,14 @@ def dry_run(config: TrainConfig, device: torch.device, world: World) -> None:
 def stop_on_signals(world: World) -> Iterator[Stopped]:
     """SIGINT and SIGTERM let the running step finish; a second SIGINT ends at once."""
     caught: list[float] = []
+    owner = os.getpid()
 
     def handler(number: int, _frame: Any) -> None:
         now = time.monotonic()
         # torchrun passes on what the terminal has sent to every process already.
         if caught and number == signal.SIGINT and now - caught[0] > AGAIN:
             raise KeyboardInterrupt
-        if not caught and world.is_main:
+        if not caught and world.is_main and os.getpid() == owner:  # what it forked keeps silent
             os.write(2, b"\nstopping after this step; again, to end without saving\n")
         caught.append(now)
 

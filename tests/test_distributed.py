@@ -27,6 +27,7 @@ from emrrg.distributed import World, joined, local_device, said_once
 from emrrg.errors import InputError
 from emrrg.jsonl import read_rows
 from emrrg.runs import read_index
+from emrrg.system import pick_device
 
 Train = Callable[..., int]
 Start = Callable[..., list[subprocess.Popen[str]]]
@@ -147,7 +148,8 @@ def test_two_and_three_processes_equal_one(
             emrrg.engine.replicated = counted
             assert main([*flags, "--batch-size", "1", "--accumulate", "2", "--no-bucket",
                          *out("accumulated")]) == 0
-            assert len(synchronised) == 8, synchronised  # once a step, not once a batch
+            # Once a step, not once a batch; and once before them all.
+            assert len(synchronised) == 8 + 1, synchronised
             emrrg.engine.replicated = replicated
             assert main([*brief, *adapt, "--batch-size", "2", "--init", base, *out("peft")]) == 0
             assert main([*brief, *adapt, "--batch-size", "2", "--init", base, "--shard-llm",
@@ -174,9 +176,26 @@ def test_two_and_three_processes_equal_one(
         3,
         f"""
         flags = {flags!r}
+        write, written = emrrg.model.ReportGenerator.generate_batch, []
+        def counted(model, images, *rest):
+            written.append(len(images))
+            return write(model, images, *rest)
+        emrrg.model.ReportGenerator.generate_batch = counted
         with joined(torch.device("cpu")) as world:
             assert main([*flags, "--batch-size", "2", "--output", "{tmp_path}/three"]) == 0
+            # Three studies validated twice and five tested, each by one of the processes.
+            assert sum(map(sum, world.gather(written))) == 2 * 3 + 5
             assert main(["--resume", "{tmp_path}/by-three"]) == 0
+            real, calls = emrrg.train.training_step, []
+            def step(*args):
+                calls.append(1)
+                if len(calls) == 2 and rank == 2:
+                    signal.raise_signal(signal.SIGINT)
+                return real(*args)
+            emrrg.train.training_step = step
+            assert main([*flags, "--batch-size", "2", "--output", "{tmp_path}/halves"]) == 130
+            assert main(["--resume", "{tmp_path}/halves"]) == 0
+            assert len(set(world.gather(torch.rand(()).item()))) == 3  # each has dropout of its own
             assert world.gather(rank) == [0, 1, 2]
             assert world.total([rank, 1.5], torch.device("cpu")) == [3.0, 4.5]
             assert world.once(lambda: rank) == 0
@@ -191,6 +210,9 @@ def test_two_and_three_processes_equal_one(
     finish(three)
     assert_same_training(tmp_path / "three", tmp_path / "one-of-six")
     assert_same_training(tmp_path / "by-three", base)
+    # Sums of three depend on their order, so this order must not depend on the stop.
+    whole, halves = weights(tmp_path / "three"), weights(tmp_path / "halves")
+    assert not [name for name in whole if not torch.equal(halves[name], whole[name])]
 
 
 def test_a_sharded_decoder_holds_its_share(start: Start) -> None:
@@ -318,9 +340,26 @@ def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     assert World().gather("x") == ["x"] and World().total([2.0], cpu) == [2.0]
     assert World().once(lambda: 3) == 3
     assert local_device(cpu) == cpu
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert local_device(torch.device("cuda:3")) == torch.device("cuda:3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="--device cuda:3: each process needs its own"):
+        local_device(torch.device("cuda:3"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="start them with torchrun"), joined(cpu):
         pass
+
+
+def test_a_numbered_device_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are launched there, and its memory is told."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("cpu", "cuda", "cuda:1", "cpu:0"):
+        assert pick_device(name) == torch.device(name)
+    assert chosen == [torch.device("cuda:1")]
+    with pytest.raises(InputError, match=r"cuda:2 is not there \(2 CUDA devices\)"):
+        pick_device("cuda:2")
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import os
 import random
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -220,6 +221,57 @@ def test_sigterm_to_all_processes_saves(
         os.killpg(process.pid, 0)
 
 
+def test_one_process_at_a_time_writes_a_run(train: Train, trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    hold = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+        "print(flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, run / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"\n"
+        with pytest.raises(InputError, match=f"{run}: another process is training there"):
+            train("--resume", run, "--epochs", 3)
+        other.kill()
+    assert read_run_config(run).epochs == 2
+    assert train("--resume", run, "--epochs", 3) == 0
+
+
+@pytest.mark.slow
+def test_a_kill_while_phantoms_are_drawn_leaves_nobody(
+    launch: Launch, small: list[str], tmp_path: Path
+) -> None:
+    flags = [*small, "--train-studies", 50_000, "--image-size", 128]
+    process = launch(*flags, "--output", tmp_path / "run")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline, drawing = time.monotonic() + 100, list[str]()
+    while len(drawing) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        drawing = children.read_text().split()
+        time.sleep(0.05)
+    process.kill()
+    deadline = time.monotonic() + 10
+    while left := [pid for pid in drawing if Path("/proc", pid).exists()]:
+        if time.monotonic() > deadline:
+            for pid in left:
+                os.kill(int(pid), signal.SIGKILL)
+            pytest.fail("they wait for work that will never come")
+        time.sleep(0.05)
+
+
+def test_a_state_that_does_not_say_all(train: Train, trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    file = find_checkpoint(run, "last") / "state.json"
+    state = read_json(file)
+    for name in ("step_studies", "waited"):
+        file.write_text(json.dumps({k: v for k, v in state.items() if k != name}))
+        with pytest.raises(InputError, match=f"{file}: holds no '{name}'"):
+            train("--resume", run, "--epochs", 3)
+
+
 # --- Disks that are full ---
 
 
@@ -419,6 +471,19 @@ def test_out_of_memory_says_the_batch_and_what_to_do(
     assert "\n" not in str(error.value)
 
 
+def test_out_of_memory_in_the_update(
+    train: Train, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one makes AdamW's moments, when the batch has been through the network already."""
+
+    def step(*args: Any, **settings: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(InputError, match=r"--batch-size: 4 studies \(phantom-.*do not fit"):
+        train(*small, "--output", tmp_path / "run")
+
+
 def test_out_of_memory_while_reports_are_written(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -493,10 +558,10 @@ def test_broken_images_are_left_out_named_and_counted(
     flags = [*FILES, "--annotation", path, "--images", path.parent, "--output", run]
     assert train(*flags, "--bad-images", "skip") == 0
     said = capsys.readouterr().out
-    for name in ("3-1.png", "5-0.png"):
+    for name in ("3-1.png", "5-0.png", "9-0.png"):  # 9-0.png: of a study for validation
         assert said.count(f"left out: {path.parent / name}") == 1
-    assert len(rows(run, "unreadable")) == 2
-    assert read_checkpoint(run, "last").state["bad_images"] == 4  # two studies in two epochs
+    assert len(rows(run, "unreadable")) == 3
+    assert read_checkpoint(run, "last").state["bad_images"] == 6  # three studies in two epochs
     predictions = json.loads((run / "predictions.json").read_text())
     assert [row["id"] for row in predictions] == ["study-10"]
     (unread,) = read_json(run / "scores.json")["test"]["unreadable"]
@@ -524,6 +589,32 @@ def test_the_loss_is_of_what_could_be_read(annotated: Callable[[], Path], tmp_pa
         torch.testing.assert_close(moved_too[name], value, atol=1e-5, rtol=1e-4, msg=name)
     nothing, _ = losses([2, 3], "nothing")
     assert nothing != nothing  # nan: a skipped step
+
+
+def test_images_none_of_which_can_be_read(
+    train: Train, annotated: Callable[[], Path], tmp_path: Path
+) -> None:
+    path, run = annotated(), tmp_path / "run"
+    break_images(path, *(f"{k}-0.png" for k in range(8)))
+    flags = [*FILES, "--annotation", path, "--images", path.parent, "--bad-images", "skip"]
+    with pytest.raises(InputError) as error:
+        train(*flags, "--bad-steps", 2, "--output", run)
+    said = str(error.value)
+    assert said.startswith("--bad-images: 2 steps in a row trained nothing") and "-0.png" in said
+    assert str(run) in said and "\n" not in said
+    break_images(path, "10-0.png", "11-0.png")
+    with pytest.raises(InputError, match="--bad-images: no test study could be read"):
+        train(*flags, "--dry-run")
+
+
+def test_a_dry_run_leaves_out_what_cannot_be_read(
+    train: Train, annotated: Callable[[], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = annotated()
+    break_images(path, "3-0.png", "10-0.png")
+    flags = [*FILES, "--annotation", path, "--images", path.parent, "--bad-images", "skip"]
+    assert train(*flags, "--dry-run") == 0
+    assert "reports/s; the first:" in capsys.readouterr().out
 
 
 def test_nothing_to_score(trained: Path, annotated: Callable[[], Path], small: list[str]) -> None:

@@ -90,6 +90,27 @@ def test_a_damaged_file_is_named(run: Path, file: str, damage: str) -> None:
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"coming": 1}, "unknown key 'coming'"),
+        ({"hidden_size": None}, "key 'hidden_size' is missing"),
+        ({"rope_scaling": 3}, "rope_scaling: 3 is not"),
+    ],
+)
+def test_a_decoder_of_another_version_is_named(
+    run: Path, change: dict[str, int | None], says: str
+) -> None:
+    path = run / "base" / "model.json"
+    values = json.loads(path.read_text())
+    decoder = {**values["decoder"], **change}
+    values["decoder"] = {key: value for key, value in decoder.items() if key not in change or value}
+    path.write_text(json.dumps(values))
+    with pytest.raises(InputError) as error:
+        emrrg.load(run)
+    assert f"{path}: decoder: {says}" in str(error.value)
+
+
 def test_folders_that_are_no_run(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is not a run folder .no such folder"):
         emrrg.load(tmp_path / "nothing")
@@ -179,6 +200,16 @@ def test_what_a_kill_leaves_is_cleared_away(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path, "last").state["step"] == 3
     checkpoint(tmp_path, 3, best=True)
     assert names(tmp_path) == {"step-000003"}
+
+
+def test_what_people_keep_beside_the_checkpoints_stays(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 1)
+    folder = tmp_path / "checkpoints"
+    for name in ("step-000001-mine", "step-", "mine", ".mine.tmp"):
+        shutil.copytree(folder / "step-000001", folder / name)
+    for step in (2, 3):
+        checkpoint(tmp_path, step, best=True)
+    assert names(tmp_path) == {"step-000003", "step-000001-mine", "step-", "mine", ".mine.tmp"}
 
 
 def test_json_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

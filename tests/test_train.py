@@ -29,8 +29,9 @@ from emrrg import convert
 from emrrg import train as command
 from emrrg.config import TrainConfig, flag, parse_config, run_command
 from emrrg.data.loading import load_studies
+from emrrg.distributed import World
 from emrrg.errors import InputError
-from emrrg.evaluation import selection_score, write_reports
+from emrrg.evaluation import StoppedError, selection_score, write_reports
 from emrrg.jsonl import read_rows
 from emrrg.metrics import java
 from emrrg.optim import build_optimizer, decays, learning_rate
@@ -287,6 +288,25 @@ def test_a_run_that_was_stopped_at_every_step(
     assert_same_run(adapted, run)
 
 
+def test_a_validation_that_is_not_saved_comes_again(
+    train: Train, adapted: Path, trained: Path, brief: list[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    run, real = tmp_path / "run", command.save
+
+    def save(*args: Any, **settings: Any) -> None:
+        if settings:  # what follows a validation, whose line is in the log already
+            raise KeyboardInterrupt
+        real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(command, "save", save)
+        train(*brief, *ADAPT, "--init", trained, "--save-every", 1, "--output", run)
+    assert any("val" in row for row in numbers(run))
+    assert train("--resume", run) == 0
+    assert_same_run(adapted, run)
+
+
 def test_a_second_interrupt_ends_at_once(
     train: Train, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,6 +326,20 @@ def test_a_second_interrupt_ends_at_once(
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_what_a_run_forked_leaves_the_message_to_it(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C reaches the processes that draw phantoms too, and they have its handler."""
+    with command.stop_on_signals(World()), monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: -1)
+        signal.raise_signal(signal.SIGINT)
+    assert not capfd.readouterr().err
+    with command.stop_on_signals(World()) as stopped:
+        signal.raise_signal(signal.SIGINT)
+        assert stopped()
+    assert capfd.readouterr().err.count("stopping after this step") == 1
+
+
 def test_a_finished_run_can_go_on_for_more_epochs(
     train: Train, trained: Path, tmp_path: Path
 ) -> None:
@@ -316,6 +350,21 @@ def test_a_finished_run_can_go_on_for_more_epochs(
     assert [row["step"] for row in rows] == list(range(1, 10))
     assert read_index(run)["last"] == "step-000009"
     assert read_run_config(run).epochs == 3 and read_index(run)["finished"]
+
+
+def test_a_run_that_stopped_early_can_go_on(
+    train: Train, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run = tmp_path / "run"
+    monkeypatch.setattr(command, "selection_score", lambda *_: 0.5)
+    assert train(*small, "--epochs", 4, "--patience", 1, "--output", run) == 0
+    assert read_index(run)["last"] == "step-000006"
+    assert train("--resume", run) == 0
+    assert "a larger --epochs, with another --patience, trains on" in capsys.readouterr().out
+    assert train("--resume", run, "--patience", 0) == 0
+    assert read_index(run)["last"] == "step-000012" and read_index(run)["finished"]
+    assert read_run_config(run).patience == 0
 
 
 def test_a_longer_run_that_is_stopped_keeps_its_new_end(
@@ -355,6 +404,7 @@ def test_what_may_change_when_a_run_goes_on_is_told(
     with pytest.raises(SystemExit):
         command.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split("--resume PATH")[-1].split())
+    shown = shown.replace("- ", "-")  # lines break behind a hyphen too
     for name in command.MAY_CHANGE:
         assert flag(name) in line and flag(name) in shown.split("may be given beside it")[0]
 
@@ -379,6 +429,10 @@ def test_a_default_folder_that_is_taken(
     (first / "checkpoints").mkdir()
     mark_finished(first)
     assert told() == ["runs/phantoms exists already: this run goes to runs/phantoms-3"]
+    # Another run may take the name between the look and the making.
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", lambda _self, **_: False)
+        assert "this run goes to runs/phantoms-4" in told()[0]
 
 
 def test_accumulated_batches_equal_one_batch(
@@ -847,6 +901,26 @@ def test_auto_batch(
     assert (read_run_config(run).batch_size, read_run_config(run).auto_batch) == (6, False)
     assert train("--resume", run) == 0
     assert [row["step"] for row in numbers(run) if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_auto_batch_in_the_first_stage(
+    train: Train, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on takes the batches that were found, not those of --batch-size."""
+    monkeypatch.setattr("emrrg.engine.LARGEST_BATCH", 6)
+    flags = [*small, "--recipe", "phantoms", "--source-studies", 12, "--auto-batch"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, "training_step", 1, signal.SIGINT)
+        assert train(*flags, "--output", tmp_path / "run") == 130
+    seen = []
+
+    def prepare(config: TrainConfig, *_: Any, **__: Any) -> None:
+        seen.append((config.batch_size, config.auto_batch))
+        raise StoppedError
+
+    monkeypatch.setattr(command, "prepare", prepare)
+    assert train("--resume", tmp_path / "run") == 130
+    assert seen == [(6, False)]
 
 
 def test_tensorboard(train: Train, small: list[str], tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ import gc
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -63,6 +64,11 @@ class Batch:
     reports: list[str]
     failures: list[str] = field(default_factory=list)
     """What could not be read, one line each; those studies are not in the batch."""
+
+    def pin_memory(self) -> Batch:
+        """The same where CUDA copies from without waiting; a loader calls this by its name."""
+        pinned = {name: getattr(self, name).pin_memory() for name in ("images", "view_mask")}
+        return replace(self, **pinned)
 
 
 class Studies(Protocol):
@@ -158,9 +164,8 @@ class PhantomStudies(Dataset[Study]):
         if processes > 1 and count >= 256:
             context = multiprocessing.get_context("fork" if os.name == "posix" else "spawn")
             try:
-                # Drawing leaves no cycles, and collecting touches all that came from the parent.
                 with ProcessPoolExecutor(
-                    processes, mp_context=context, initializer=gc.disable
+                    processes, mp_context=context, initializer=_begin_drawing
                 ) as pool:
                     phantoms = list(pool.map(draw, indices, chunksize=32))
             except BrokenProcessPool as error:
@@ -198,6 +203,20 @@ class PhantomStudies(Dataset[Study]):
 
     def views(self) -> list[int]:
         return [1] * len(self.phantoms)
+
+
+def _begin_drawing() -> None:
+    """What a process does first that draws phantoms."""
+    gc.disable()  # drawing leaves no cycles, and collecting touches all that came from the parent
+    # It would wait for ever for work of a parent that was killed.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _draw(index: int, *, domain: str, size: int, seed: int) -> Any:
@@ -314,7 +333,7 @@ def batches(
         batch_sampler=[list(batch) for batch in plan],
         collate_fn=collate,
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_initialized(),  # a run on the CPU leaves CUDA alone
         worker_init_fn=_leave_signals if workers else None,
         # Where there is none, a loader draws its seed from torch's own stream, once an epoch.
         generator=torch.Generator(),

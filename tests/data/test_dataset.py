@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory as loader_pin_memory
 
 from emrrg.config import TrainConfig
 from emrrg.data.dataset import (
+    Batch,
     PhantomStudies,
     RecordStudies,
     Study,
@@ -122,6 +124,24 @@ def test_reading_draws_nothing_from_the_run(annotated: Callable[[], Path]) -> No
     before = torch.get_rng_state()
     list(batches(studies, [[0, 1], [2]]))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_batch_is_pinned_by_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is no tensor, list or dictionary it leaves as it is, unless that can pin itself."""
+    pinned: list[torch.Tensor] = []
+
+    def pin(self: torch.Tensor) -> torch.Tensor:
+        pinned.append(self)
+        return self.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    mask = torch.tensor([[True, False]])
+    batch = Batch([3], ["a"], torch.arange(24.0).view(1, 2, 3, 2, 2), mask, ["r"], ["f"])
+    got = loader_pin_memory(batch)
+    assert [t is u for t, u in zip(pinned, (batch.images, mask), strict=True)] == [True, True]
+    assert got.images is not batch.images and torch.equal(got.images, batch.images)
+    assert got.view_mask is not mask and torch.equal(got.view_mask, mask)
+    assert (got.indices, got.ids, got.reports, got.failures) == ([3], ["a"], ["r"], ["f"])
 
 
 def test_missing_files_are_found_at_once_or_when_they_are_read(
