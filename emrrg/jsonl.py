@@ -15,11 +15,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     if not path.exists():
         return rows
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
     return rows
 
 
@@ -33,11 +36,14 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 def replaced(path: Path) -> Iterator[Path]:
     """A name to write a file under, which then takes the place of `path` whole.
 
-    A reader, or a kill, finds the old file or the new one.
+    A reader, or a kill, finds the old file or the new one; a full disk leaves the old one alone.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    yield temporary
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
