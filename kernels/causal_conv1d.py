@@ -246,7 +246,8 @@ def _causal_conv1d_fwd(
 ) -> Tensor:
     check_orders("causal_conv1d", orders)
     if implementation == "triton":
-        return _launch_fwd(x, weight, bias, orders, silu)
+        with torch.cuda.device_of(x):  # which need not be the current one
+            return _launch_fwd(x, weight, bias, orders, silu)
     with torch.autocast("cpu", enabled=False):
         return scan_cpu.conv_forward(implementation == "native", x, weight, bias, orders, silu)
 
@@ -274,7 +275,8 @@ def _causal_conv1d_bwd(
 ) -> list[Tensor]:
     gradients: Sequence[Tensor | None]
     if implementation == "triton":
-        gradients = _launch_bwd(dout, x, weight, bias, orders, silu, needs)
+        with torch.cuda.device_of(x):
+            gradients = _launch_bwd(dout, x, weight, bias, orders, silu, needs)
     else:
         with torch.autocast("cpu", enabled=False):
             gradients = scan_cpu.conv_backward(

@@ -722,7 +722,8 @@ def _cross_scan_fwd(*args: Any) -> Tensor:
     *tensors, implementation = args
     check_orders("cross_scan", tensors[-1])
     if implementation == "triton":
-        return _launch_fwd(*tensors)
+        with torch.cuda.device_of(tensors[0]):  # which need not be the current one
+            return _launch_fwd(*tensors)
     with torch.autocast("cpu", enabled=False):
         return scan_cpu.cross_forward(implementation == "native", *tensors)
 
@@ -742,7 +743,8 @@ def _cross_scan_bwd(*args: Any) -> list[Tensor]:
     *inputs, implementation = args
     gradients: Sequence[Tensor | None]
     if implementation == "triton":
-        gradients = _launch_bwd(*inputs)
+        with torch.cuda.device_of(inputs[0]):
+            gradients = _launch_bwd(*inputs)
     else:
         with torch.autocast("cpu", enabled=False):
             gradients = scan_cpu.cross_backward(implementation == "native", *inputs)

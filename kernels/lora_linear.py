@@ -303,27 +303,28 @@ def _down(
     if h.numel() == 0:
         return h
     block_k, block_r = 64, _block_r(rank)
-    _down_kernel[(triton.cdiv(layout["M"], 64), triton.cdiv(rank, block_r))](
-        x,
-        weight,
-        seed,
-        h,
-        K=inner,
-        R=rank,
-        stride_xk=x.stride(2),
-        stride_wr=weight.stride(0),
-        stride_wk=weight.stride(1),
-        scale=scale,
-        rate=dropout,
-        EVEN_K=inner % block_k == 0,
-        BLOCK_M=64,
-        BLOCK_K=block_k,
-        BLOCK_R=block_r,
-        num_warps=4,
-        num_stages=3,
-        **layout,
-        **_products(x, tf32),
-    )
+    with torch.cuda.device_of(x):  # which need not be the current one
+        _down_kernel[(triton.cdiv(layout["M"], 64), triton.cdiv(rank, block_r))](
+            x,
+            weight,
+            seed,
+            h,
+            K=inner,
+            R=rank,
+            stride_xk=x.stride(2),
+            stride_wr=weight.stride(0),
+            stride_wk=weight.stride(1),
+            scale=scale,
+            rate=dropout,
+            EVEN_K=inner % block_k == 0,
+            BLOCK_M=64,
+            BLOCK_K=block_k,
+            BLOCK_R=block_r,
+            num_warps=4,
+            num_stages=3,
+            **layout,
+            **_products(x, tf32),
+        )
     return h
 
 
@@ -342,33 +343,35 @@ def _linear(
     y = x.new_empty(layout["M"], outputs)
     if y.numel() == 0:
         return y
+    bias = None if bias is None else bias.contiguous()
     products = _products(x, tf32)
     tiles = _tiles(x, layout["M"], outputs, products["PRECISION"] == "tf32")
     blocks = triton.cdiv(layout["M"], tiles["BLOCK_M"]) * triton.cdiv(outputs, tiles["BLOCK_O"])
-    _linear_kernel[(blocks,)](
-        x,
-        weight,
-        bias,
-        h,
-        up,
-        y,
-        K=inner,
-        O=outputs,
-        R=up.shape[1],
-        start=start,
-        stop=start + up.shape[0],
-        stride_xk=x.stride(2),
-        stride_wo=weight.stride(0),
-        stride_wk=weight.stride(1),
-        stride_uo=up.stride(0),
-        stride_ur=up.stride(1),
-        EVEN_K=inner % tiles["BLOCK_K"] == 0,
-        BLOCK_R=_block_r(up.shape[1]),
-        GROUP=8,
-        **tiles,
-        **layout,
-        **products,
-    )
+    with torch.cuda.device_of(x):
+        _linear_kernel[(blocks,)](
+            x,
+            weight,
+            bias,
+            h,
+            up,
+            y,
+            K=inner,
+            O=outputs,
+            R=up.shape[1],
+            start=start,
+            stop=start + up.shape[0],
+            stride_xk=x.stride(2),
+            stride_wo=weight.stride(0),
+            stride_wk=weight.stride(1),
+            stride_uo=up.stride(0),
+            stride_ur=up.stride(1),
+            EVEN_K=inner % tiles["BLOCK_K"] == 0,
+            BLOCK_R=_block_r(up.shape[1]),
+            GROUP=8,
+            **tiles,
+            **layout,
+            **products,
+        )
     return y
 
 
@@ -383,25 +386,26 @@ def _outer(x: Tensor, h: Tensor, transposed: bool, tf32: bool | None) -> Tensor:
     chunks = triton.cdiv(layout["M"], chunk)
     part = torch.empty(chunks, *shape, dtype=torch.float32, device=x.device)
     block_r = _block_r(rank)
-    _outer_kernel[(triton.cdiv(columns, 64), chunks, triton.cdiv(rank, block_r))](
-        x,
-        h,
-        part,
-        P=columns,
-        R=rank,
-        chunk=chunk,
-        stride_xp=x.stride(2),
-        stride_pc=part.stride(0),
-        stride_pp=part.stride(2 if transposed else 1),
-        stride_pr=part.stride(1 if transposed else 2),
-        BLOCK_M=64,
-        BLOCK_P=64,
-        BLOCK_R=block_r,
-        num_warps=max(4, block_r // 8),
-        num_stages=2,
-        **layout,
-        **_products(x, tf32),
-    )
+    with torch.cuda.device_of(x):
+        _outer_kernel[(triton.cdiv(columns, 64), chunks, triton.cdiv(rank, block_r))](
+            x,
+            h,
+            part,
+            P=columns,
+            R=rank,
+            chunk=chunk,
+            stride_xp=x.stride(2),
+            stride_pc=part.stride(0),
+            stride_pp=part.stride(2 if transposed else 1),
+            stride_pr=part.stride(1 if transposed else 2),
+            BLOCK_M=64,
+            BLOCK_P=64,
+            BLOCK_R=block_r,
+            num_warps=max(4, block_r // 8),
+            num_stages=2,
+            **layout,
+            **_products(x, tf32),
+        )
     return part[0] if chunks == 1 else part.sum(0)
 
 
@@ -618,8 +622,8 @@ def lora_linear(
     Returns:
         (..., O) in x's dtype.
     Raises:
-        ValueError: a shape, a dtype or the dropout rate does not fit, or the implementation cannot
-            run here.
+        ValueError: a shape, dtype, device or the dropout rate does not fit, or the implementation
+            cannot run here.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -686,6 +690,8 @@ def _check(
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
             refuse(f"{name}: {tensor.dtype}, x is {x.dtype}; cast one, or use autocast")
+    if not x.is_floating_point():
+        refuse(f"x: {x.dtype}, expected floating point")
     if not 0 <= dropout < 1:
         refuse(f"dropout: {dropout} is not in [0, 1)")
     for i, s in enumerate(slices):
@@ -698,3 +704,7 @@ def _check(
                 f"slices[{i}]: rows {s.start} to {s.start + s.B.shape[0]} are not all within "
                 f"the layer's {outputs}"
             )
+    parts = {f"slices[{i}].{name}": getattr(s, name) for i, s in enumerate(slices) for name in "AB"}
+    for name, tensor in {"weight": weight, "bias": bias, **parts}.items():
+        if tensor is not None and tensor.device != x.device:
+            refuse(f"{name} is on {tensor.device}, x on {x.device}")

@@ -131,13 +131,22 @@ def _processor() -> str:
 
 def _compiler() -> list[str]:
     """The compiler's program, its arguments, and which file it is; [] where there is none."""
-    for command in (shlex.split(os.environ.get("CXX", "")), ["c++"], ["g++"], ["clang++"]):
+    for command in (_words("CXX"), ["c++"], ["g++"], ["clang++"]):
         program = shutil.which(command[0]) if command else None
         if program is not None:
             real = Path(program).resolve()
             state = real.stat()
             return [program, *command[1:], f"{real} {state.st_size} {state.st_mtime_ns}"]
     return []
+
+
+def _words(variable: str) -> list[str]:
+    """What a variable of the environment lists."""
+    try:
+        return shlex.split(os.environ.get(variable, ""))
+    except ValueError as failure:
+        logger.warning("compiled CPU code: %s is not used: %s", variable, failure)
+        return []
 
 
 def _folders() -> Iterator[Path]:
@@ -166,7 +175,7 @@ def _build(source: Path, compiler: list[str], folder: Path, name: str) -> Path:
     handle, temporary = tempfile.mkstemp(dir=folder, prefix="building-", suffix=".so")
     os.close(handle)
     built = Path(temporary)
-    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+    extra = _words("CXXFLAGS")
     message = ""
     try:
         for variant in VARIANTS:

@@ -1113,8 +1113,8 @@ int emrrg_scan_backward(const Scan* scan) {
       for (int64_t first = s * slab; first < end; first += TILE) {
         const int width = int(std::min<int64_t>(TILE, end - first));
         backward_tile(p, {0, b, g * p.group_dim() + first, g, width, padded(width) / W}, partial,
-                      p.dB.data ? &partial.B[sums] : nullptr,
-                      p.dC.data ? &partial.C[sums] : nullptr, scratch());
+                      p.dB.data ? partial.B.data() + sums : nullptr,
+                      p.dC.data ? partial.C.data() + sums : nullptr, scratch());
       }
     });
     add_slabs(p, partial.B, slabs, p.dB);

@@ -203,7 +203,8 @@ def _channel_states(
     ptr, n, d, stride_n, stride_d, N: tl.constexpr, NP: tl.constexpr, LANES: tl.constexpr
 ):
     """Load (D, N) numbers of the program's channels as a tile (NP, LANES), zeros from N on."""
-    at = ptr + tl.max_contiguous(n * stride_n + (d * stride_d)[None, None, :], [1, 1, 2])
+    offset = n.to(tl.int64) * stride_n + (d.to(tl.int64) * stride_d)[None, None, :]
+    at = ptr + tl.max_contiguous(offset, [1, 1, 2])
     return tl.reshape(tl.load(at, mask=n < N, other=0.0).to(tl.float32), [NP, LANES])
 
 
@@ -269,6 +270,7 @@ def _row(
 @jit(do_not_specialize=["L", "groups", "rows"])
 def _pack_kernel(
     B_ptr, C_ptr,
+    flags_ptr,  # (B, L) contiguous
     packed_ptr,  # (B, G, rows, 2, NP) fp32 contiguous, in the order of the scan
     L, groups, rows,
     stride_Bb, stride_Bl, stride_Bg, stride_Bn,
@@ -276,17 +278,20 @@ def _pack_kernel(
     N: tl.constexpr, NP: tl.constexpr, REVERSE: tl.constexpr, BLOCK_L: tl.constexpr,
 ):
     # fmt: on
-    """B and C side by side in fp32, zeros beyond L and N; what is None is left out."""
+    """B and C side by side in fp32, zeros beyond L and N and in padding; None is left out."""
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(rows, BLOCK_L)
     b = pid // blocks // groups
     g = pid // blocks % groups
     t = pid % blocks * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
-    n = tl.arange(0, NP)[None, :]
+    n = tl.arange(0, NP)[None, :].to(tl.int64)
     step = t
     if REVERSE:
         step = L - 1 - t
     ok = (t < L) & (n < N)
+    if flags_ptr is not None:  # a step of padding adds 0 times B to the state: NaN must not stay
+        flags = tl.load(flags_ptr + b * L + step, mask=t < L, other=2)
+        ok = ok & ((flags & 2) == 0)
     at = packed_ptr + ((b * groups + g) * rows + t) * (2 * NP) + n
     if B_ptr is not None:
         row = B_ptr + b * stride_Bb + g * stride_Bg + step * stride_Bl + n * stride_Bn
@@ -392,10 +397,10 @@ def _forward_block(
             C = _row(fixed_C, packed_at, i, 1, C_FIXED, NP, LANES)
             y = _put(y, _take(y, i, STEPS) + tl.sum(h * C, 0), i, STEPS)
     if out_row is not None:
-        if FLAGS:
-            y = tl.where(live, y, 0.0)
         if z_row is not None:
             y *= silu(_steps(z_row, t * stride_zl + offset_z, k, stride_zl, ok), NVIDIA)
+        if FLAGS:
+            y = tl.where(live, y, 0.0)
         _write_steps(out_row, t * stride_ol + offset_o, y, k, stride_ol, inside)
     return h, sum_d
 
@@ -836,6 +841,8 @@ def _backward_kernel(
         dy = dout
         if z_ptr is not None:
             z = _steps(z_row, offset_z, row, stride_zl, None)
+            if FLAGS:
+                z = tl.where(live, z, 0.0)  # what padding holds, even NaN, reaches nothing
             gate, dz = silu_slope(z, NVIDIA)
             dy = dout * gate
             dz *= dout
@@ -970,14 +977,14 @@ def _backward_border_kernel(
             step = softplus(step)
         step = tl.where(ok, step, 0.0)
         reset = step
+        if z_ptr is not None:
+            dy *= silu(_steps(z_row, t * stride_zl + offset_z, k, stride_zl, ok), NVIDIA)
         if FLAGS:
             live, reset = _flags(flags_at + t * stride_fl, k, stride_fl, ok)
             step = tl.where(live, step, 0.0)
             dy = tl.where(live, dy, 0.0)
             sum_d -= tl.sum(reset, 0)
             reset = tl.broadcast_to(reset, step.shape)
-        if z_ptr is not None:
-            dy *= silu(_steps(z_row, t * stride_zl + offset_z, k, stride_zl, ok), NVIDIA)
         sum_d += tl.sum(step, 0)
         row_at = packed_at
         if packed_ptr is not None:
@@ -1071,6 +1078,10 @@ def _strides(x: Tensor | None, count: int) -> tuple[int, ...]:
     return (0,) * count if x is None else x.stride()
 
 
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def _fixed(x: Tensor | None) -> tuple[Tensor | None, int, int]:
     """B or C where it is (D, N), and its strides along N and D."""
     if x is None or x.ndim == 4:
@@ -1078,7 +1089,9 @@ def _fixed(x: Tensor | None) -> tuple[Tensor | None, int, int]:
     return x, x.stride(1), x.stride(0)
 
 
-def _pack(B: Tensor | None, C: Tensor | None, like: Tensor, reverse: bool) -> Tensor | None:
+def _pack(
+    B: Tensor | None, C: Tensor | None, flags: Tensor | None, like: Tensor, reverse: bool
+) -> Tensor | None:
     """What of B and C depends on the input, side by side, in fp32 and in the order of the scan."""
     B = None if B is None or B.ndim == 2 else B
     C = None if C is None or C.ndim == 2 else C
@@ -1092,7 +1105,7 @@ def _pack(B: Tensor | None, C: Tensor | None, like: Tensor, reverse: bool) -> Te
     block = max(1, 1024 // sizes["NP"])
     grid = (batch * groups * triton.cdiv(rows, block),)
     _pack_kernel[grid](
-        B, C, packed, length, groups, rows, *_strides(B, 4), *_strides(C, 4),
+        B, C, flags, packed, length, groups, rows, *_strides(B, 4), *_strides(C, 4),
         N=state, NP=sizes["NP"], REVERSE=reverse, BLOCK_L=block, num_warps=4,
     )  # fmt: skip
     return packed
@@ -1135,7 +1148,8 @@ def _launch_fwd(
     programs = batch * groups * blocks
     chunk = _chunk(length, programs, u.device)
     chunks = triton.cdiv(length, chunk)
-    packed = _pack(B, C, u, reverse)
+    D, delta_bias, flags = (_contiguous(x) for x in (D, delta_bias, flags))
+    packed = _pack(B, C, flags, u, reverse)
     rows = 0 if packed is None else packed.shape[2]
     fixed_B, *strides_B = _fixed(B)
     fixed_C, *strides_C = _fixed(C)
@@ -1216,7 +1230,8 @@ def _launch_bwd(
     programs = batch * groups * blocks
     chunk = _chunk(length, programs, u.device)
     chunks = triton.cdiv(length, chunk)
-    packed = _pack(B, C, u, reverse)
+    D, delta_bias, flags = (_contiguous(x) for x in (D, delta_bias, flags))
+    packed = _pack(B, C, flags, u, reverse)
     rows = 0 if packed is None else packed.shape[2]
     fixed_B, *strides_B = _fixed(B)
     fixed_C, *strides_C = _fixed(C)
@@ -1311,7 +1326,8 @@ def _precision(*tensors: Tensor | None) -> torch.dtype:
 def _scan_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *inputs, keep, implementation = args
     if implementation == "triton":
-        return _launch_fwd(*inputs, keep)
+        with torch.cuda.device_of(inputs[0]):  # which need not be the current one
+            return _launch_fwd(*inputs, keep)
     u, delta, A, B, C, *_ = inputs
     keep = keep and implementation == "torch"
     shape = scan_torch.kept_shape(*u.shape, A.shape[1], _groups(B, C)) if keep else (0,)
@@ -1344,7 +1360,8 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _scan_bwd(*args: Any) -> list[Tensor]:
     dout, dlast, kept, *inputs, needs, implementation = args
     if implementation == "triton":
-        grads = _launch_bwd(dout, dlast, kept, *inputs, needs)
+        with torch.cuda.device_of(kept):
+            grads = _launch_bwd(dout, dlast, kept, *inputs, needs)
     else:
         states = kept if kept.ndim == 5 else None
         with torch.autocast("cpu", enabled=False):
@@ -1410,10 +1427,10 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The selective scan, channels last; see the module's docstring for the recurrence.
 
-    The state is fp32 (fp64 where an input is) whatever the inputs are. Gradients flow to every
-    tensor of floating point, through the last state too, and are computed only for those that need
-    them. On a GPU the forward keeps 1/4 N numbers in fp32 for each (b, d, l) where a gradient is
-    wanted; so does "torch" on the CPU, and "native" keeps none.
+    The state is fp32 (fp64 where u, delta, A, B or C is), whatever they are. Gradients flow to
+    every tensor of floating point, through the last state too, and are computed only for those that
+    need them. On a GPU the forward keeps 1/4 N numbers in fp32 for each (b, d, l) where a gradient
+    is wanted; so does "torch" on the CPU, and "native" keeps none.
 
     Args:
         u, delta: (B, L, D) fp32, fp16 or bf16 (fp64 on the CPU), any strides. delta: before bias
@@ -1429,7 +1446,8 @@ def selective_scan(
         reverse: from position L-1 to 0; the output stays in place, nothing is flipped.
         position_ids: (B, L) or (L,) integers, 0 where a packed sequence begins: the state is reset.
         seq_idx: (B, L) or (L,) integers, the number of the packed sequence; instead of the former.
-        mask: (B, L) or (L,), False where there is padding: the state passes, the output is 0.
+        mask: (B, L) or (L,), False where there is padding: the state passes, the output is 0, and
+            what the inputs hold there, even NaN, reaches nothing.
         implementation: see `kernels.implementations`; None follows the device.
     Returns:
         (B, L, D) in u's dtype, contiguous; with `return_last_state` also (B, D, N) fp32 (fp64).
@@ -1471,6 +1489,10 @@ def _selective_scan(
     flags = step_flags(
         batch, length, reverse=reverse, position_ids=position_ids, seq_idx=seq_idx, mask=mask
     )
+    if flags is not None and flags.device != u.device:
+        given = {"position_ids": position_ids, "seq_idx": seq_idx, "mask": mask}
+        names = " and ".join(name for name, x in given.items() if x is not None)
+        raise ValueError(f"{op}: {names} on {flags.device}, u on {u.device}")
     widest = _precision(u, delta, A, B, C, D, z, delta_bias, initial_state)
     chosen = choose(implementation, u.device, widest, op)
     if chosen == "reference":
@@ -1634,7 +1656,8 @@ def warmup(
 ) -> None:
     """Compile now what the first call would: a forward, and a backward with all gradients.
 
-    One compilation serves all batches, lengths, widths and strides.
+    One compilation serves all batches, lengths and widths, and all strides of tensors whose
+    channels lie side by side.
 
     Args:
         state: N.

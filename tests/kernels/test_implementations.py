@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from kernels import implementations, scan_cpu
+from kernels.causal_conv1d import causal_conv1d
+from kernels.cross_scan import cross_scan
 from kernels.implementations import IMPLEMENTATIONS, choose, nvidia, triton_interpreted
+from kernels.lora_linear import LoraSlice, lora_linear
+from kernels.selective_scan import selective_scan
 from kernels.triton_math import triton
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +94,52 @@ def test_the_interpreter_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     assert nvidia()
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert not nvidia()
+
+
+@pytest.mark.skipif(not triton_interpreted(), reason="there is no interpreter")
+def test_kernels_are_launched_on_the_device_of_their_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Triton launches on the current device; on a second GPU that would be the first."""
+    from triton.runtime.interpreter import GridExecutor
+
+    devices: list[torch.device] = []
+    launched: list[torch.device | None] = []
+
+    @contextlib.contextmanager
+    def device_of(x: torch.Tensor) -> Iterator[None]:
+        devices.append(x.device)
+        yield
+        devices.pop()
+
+    def launch(*args: Any, **kwargs: Any) -> Any:
+        launched.append(devices[-1] if devices else None)
+        return run(*args, **kwargs)
+
+    run = GridExecutor.__call__
+    monkeypatch.setattr(GridExecutor, "__call__", launch)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, requires_grad=True)
+
+    orders = torch.tensor([[0, 1], [1, 0]])
+    rows, state = leaf(1, 2, 3), leaf(1, 2, 2)
+    several, states = leaf(2, 1, 2, 3), leaf(2, 1, 2, 2)
+    A, D = leaf(3, 2), leaf(2, 3)
+    low = LoraSlice(leaf(2, 3), leaf(4, 2), 1.0)
+    for out in (
+        selective_scan(rows, rows, A, state, state, implementation="triton"),
+        causal_conv1d(rows, leaf(2, 3, 2), D, orders, implementation="triton"),
+        cross_scan(
+            several, several, A.expand(2, 3, 2), states, states, D, rows, D, orders, "triton"
+        ),
+        lora_linear(rows, leaf(4, 3), None, [low], implementation="triton"),
+    ):
+        before = len(launched)
+        out.sum().backward()
+        assert len(launched) > before > 0
+    assert set(launched) == {CPU}
 
 
 def test_the_choice_is_a_constant_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

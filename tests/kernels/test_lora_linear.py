@@ -180,7 +180,7 @@ def test_any_strides(implementation: str, view: Callable[[Tensor], Tensor]) -> N
     y = lora_linear(
         view(leaves["x"]),
         leaves["weight"],
-        leaves["bias"],
+        torch.stack([leaves["bias"]] * 2, 1)[:, 0],
         slices(leaves),
         implementation=implementation,
     )
@@ -531,6 +531,8 @@ def test_compiles_without_a_graph_break(implementation: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"x": torch.zeros(3, 4).long(), "weight": torch.zeros(6, 4).long()}, "x: torch.int64, ex"),
+        ({"weight": torch.zeros(6, 4, device="meta")}, "weight is on meta, x on cpu"),
         ({"x": torch.zeros(3, 8)}, r"x: shape \(3, 8\), expected \(\.\.\., 4\)"),
         ({"weight": torch.zeros(6)}, r"weight: shape \(6,\), expected \(O, I\)"),
         ({"bias": torch.zeros(5)}, r"bias: shape \(5,\), expected \(6,\)"),

@@ -113,6 +113,18 @@ def test_error_of_the_compiler(source: Path) -> None:
     assert builds(source) == []
 
 
+def test_a_variable_that_cannot_be_read_is_not_used(
+    source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for variable in ("CXX", "CXXFLAGS"):
+        monkeypatch.setenv(variable, "'-O1")
+    source.write_text(f"#define NUMBER 0\n{SOURCE}")
+    assert load(source).call("add", [40, 2]) == 42
+    assert {r.getMessage() for r in caplog.records if r.levelname == "WARNING"} == {
+        f"compiled CPU code: {v} is not used: No closing quotation" for v in ("CXX", "CXXFLAGS")
+    }
+
+
 def test_compiler_without_openmp(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Apple's clang: the next set of flags is tried."""
     monkeypatch.setenv("CXXFLAGS", "-DNUMBER=0")

@@ -300,6 +300,7 @@ def test_any_strides(implementation: str, layout: str) -> None:
     elif layout == "steps apart":
         views = {n: torch.stack([inputs[n]] * 3, dim=2)[:, :, 1] for n in rows}
         views["A"] = inputs["A"].T.contiguous().T
+        views |= {n: torch.stack([inputs[n]] * 2, 1)[:, 0] for n in ("D", "delta_bias")}
         views["initial_state"] = inputs["initial_state"].mT.contiguous().mT
     else:
         views = {n: inputs[n][:1, :1].expand(2, 5, -1) for n in (*rows, "B", "C")}
@@ -335,6 +336,10 @@ def test_packed_rows_and_padding(implementation: str, kind: str, reverse: bool) 
     if "mask" in options:
         assert not actual["out"][~mask].any(), "padding has an output"
         assert not actual["delta"][~mask].any(), "padding has a gradient"
+        poisoned = inputs | {n: inputs[n].clone() for n in ("u", "delta", "B", "C", "z")}
+        for name in ("u", "delta", "B", "C", "z"):
+            poisoned[name][~mask] = torch.nan
+        assert_equal(ours(poisoned, implementation, **options), actual, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("implementation", EVERY)
@@ -547,7 +552,7 @@ def test_the_forward_keeps_states_only_for_a_backward(implementation: str) -> No
 
 
 @pytest.mark.parametrize("implementation", EVERY)
-@pytest.mark.parametrize("axis", ["batch", "steps", "channels"])
+@pytest.mark.parametrize("axis", ["batch", "steps", "channels", "states"])
 def test_addresses_beyond_two_to_the_31(implementation: str, axis: str, tmp_path: Path) -> None:
     """Elements apart by more than int32 counts, in a file of which a few pages are stored."""
     if DEVICE.type == "cuda" and implementation == "triton":
@@ -556,12 +561,15 @@ def test_addresses_beyond_two_to_the_31(implementation: str, axis: str, tmp_path
     size = 2**31 + 2**20
     storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=torch.float16)
     inputs = make(2, 3, 2, 3, dtype=torch.float16)
-    far = 2**30 + 4 if axis == "steps" else 2**31 + 4
-    strides = {"batch": (far, 2, 1), "steps": (8, far, 1), "channels": (8, 2, far)}[axis]
+    far = 2**30 + 4 if axis in ("steps", "states") else 2**31 + 4
+    strides = {"batch": (far, 2, 1), "steps": (8, far, 1), "channels": (8, 2, far)}
+    names = ("B", "C", "initial_state", "A") if axis == "states" else ("u", "delta", "z")
+    inputs |= {n: inputs[n].half() for n in names}
     views = {}
-    for i, name in enumerate(("u", "delta", "z")):
-        views[name] = storage.as_strided((2, 3, 2), strides, 64 * i)
-        views[name].copy_(inputs[name])
+    for i, name in enumerate(names):
+        x = inputs[name]
+        apart = strides.get(axis, (8, 2, far))[-x.ndim :]
+        views[name] = storage.as_strided(x.shape, apart, 64 * i).copy_(x)
     actual = ours(inputs | views, implementation, delta_softplus=True)
     assert_equal(actual, ours(inputs, implementation, delta_softplus=True), rtol=0, atol=0)
 
@@ -805,6 +813,23 @@ def test_vmap(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", EVERY)
+def test_vmap_over_any_axis(implementation: str) -> None:
+    """What it hands over are views: of vectors with gaps, of padding apart from row to row."""
+    device = DEVICE if implementation == "triton" else torch.device("cpu")
+    inputs = {n: x.to(device) for n, x in make(2, 3, 5, 4).items()}
+    mask = torch.tensor([[[1, 1, 0], [0, 1, 1]], [[1, 0, 1], [1, 1, 1]]], device=device).bool()
+    D = torch.stack([inputs["D"], -inputs["D"]], dim=1)
+
+    def one(D: Tensor, mask: Tensor) -> Any:
+        return selective_scan(**{**inputs, "D": D}, mask=mask, implementation=implementation)
+
+    actual = torch.vmap(one, in_dims=1)(D, mask)
+    for i in range(2):
+        expected = one(D[:, i].contiguous(), mask[:, i].contiguous())
+        torch.testing.assert_close(actual[i], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("implementation", EVERY)
 def test_gradients_of_each_sample(implementation: str) -> None:
     """More on torch.func is in test_transforms.py."""
     device = DEVICE if implementation == "triton" else torch.device("cpu")
@@ -917,6 +942,7 @@ def test_ddp_and_fsdp2(tmp_path: Path) -> None:
         ({"D": torch.ones(5, dtype=torch.int64)}, TypeError, "D is torch.int64"),
         ({"initial_state": torch.randn(2, 4, 5)}, ValueError, "initial_state has shape"),
         ({"z": torch.randn(2, 7, 5, device="meta")}, ValueError, "z is on meta, u on cpu"),
+        ({"mask": torch.ones(2, 7, device="meta")}, ValueError, "scan: mask on meta, u on cpu"),
         ({"implementation": "fast"}, ValueError, "unknown, choose one of"),
         ({"mask": torch.ones(2, 6)}, ValueError, "mask: shape"),
         ({"position_ids": torch.zeros(7), "seq_idx": torch.zeros(7)}, ValueError, "give one"),
