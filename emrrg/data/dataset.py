@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -174,7 +175,8 @@ class PhantomStudies(Dataset[Study]):
                     "studies or a smaller --image-size"
                 ) from error
         else:
-            phantoms = [draw(i) for i in indices]
+            with threadpool_limits(1, "blas"):
+                phantoms = [draw(i) for i in indices]
         self._ids = [f"phantom-{domain}-{seed}-{i}" for i in indices]
         self.phantoms = phantoms
 
@@ -208,6 +210,7 @@ class PhantomStudies(Dataset[Study]):
 def _begin_drawing() -> None:
     """What a process does first that draws phantoms."""
     gc.disable()  # drawing leaves no cycles, and collecting touches all that came from the parent
+    threadpool_limits(1)  # a process a core: several threads each would wait for one another
     # It would wait for ever for work of a parent that was killed.
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

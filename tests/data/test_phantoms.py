@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from threadpoolctl import threadpool_limits
 
 from emrrg.data.dataset import PhantomStudies
 from emrrg.data.phantom_cases import DOMAINS, RATES, Case, sample_cases, write_report
@@ -403,11 +404,12 @@ def test_data_set_hands_out_the_same_phantoms():
 def test_hundred_images_a_second():
     draw_phantom(0)
     rates = []
-    for _ in range(5):
-        started = time.process_time()
-        for i in range(50):
-            draw_phantom(i)
-        rates.append(50 / (time.process_time() - started))
+    with threadpool_limits(1, "blas"):  # as the processes that draw have it
+        for _ in range(5):
+            started = time.process_time()
+            for i in range(50):
+                draw_phantom(i)
+            rates.append(50 / (time.process_time() - started))
     assert max(rates) >= 100
 
 
