@@ -303,28 +303,27 @@ def _down(
     if h.numel() == 0:
         return h
     block_k, block_r = 64, _block_r(rank)
-    with torch.cuda.device_of(x):  # which need not be the current one
-        _down_kernel[(triton.cdiv(layout["M"], 64), triton.cdiv(rank, block_r))](
-            x,
-            weight,
-            seed,
-            h,
-            K=inner,
-            R=rank,
-            stride_xk=x.stride(2),
-            stride_wr=weight.stride(0),
-            stride_wk=weight.stride(1),
-            scale=scale,
-            rate=dropout,
-            EVEN_K=inner % block_k == 0,
-            BLOCK_M=64,
-            BLOCK_K=block_k,
-            BLOCK_R=block_r,
-            num_warps=4,
-            num_stages=3,
-            **layout,
-            **_products(x, tf32),
-        )
+    _down_kernel[(triton.cdiv(layout["M"], 64), triton.cdiv(rank, block_r))](
+        x,
+        weight,
+        seed,
+        h,
+        K=inner,
+        R=rank,
+        stride_xk=x.stride(2),
+        stride_wr=weight.stride(0),
+        stride_wk=weight.stride(1),
+        scale=scale,
+        rate=dropout,
+        EVEN_K=inner % block_k == 0,
+        BLOCK_M=64,
+        BLOCK_K=block_k,
+        BLOCK_R=block_r,
+        num_warps=4,
+        num_stages=3,
+        **layout,
+        **_products(x, tf32),
+    )
     return h
 
 
@@ -347,31 +346,30 @@ def _linear(
     products = _products(x, tf32)
     tiles = _tiles(x, layout["M"], outputs, products["PRECISION"] == "tf32")
     blocks = triton.cdiv(layout["M"], tiles["BLOCK_M"]) * triton.cdiv(outputs, tiles["BLOCK_O"])
-    with torch.cuda.device_of(x):
-        _linear_kernel[(blocks,)](
-            x,
-            weight,
-            bias,
-            h,
-            up,
-            y,
-            K=inner,
-            O=outputs,
-            R=up.shape[1],
-            start=start,
-            stop=start + up.shape[0],
-            stride_xk=x.stride(2),
-            stride_wo=weight.stride(0),
-            stride_wk=weight.stride(1),
-            stride_uo=up.stride(0),
-            stride_ur=up.stride(1),
-            EVEN_K=inner % tiles["BLOCK_K"] == 0,
-            BLOCK_R=_block_r(up.shape[1]),
-            GROUP=8,
-            **tiles,
-            **layout,
-            **products,
-        )
+    _linear_kernel[(blocks,)](
+        x,
+        weight,
+        bias,
+        h,
+        up,
+        y,
+        K=inner,
+        O=outputs,
+        R=up.shape[1],
+        start=start,
+        stop=start + up.shape[0],
+        stride_xk=x.stride(2),
+        stride_wo=weight.stride(0),
+        stride_wk=weight.stride(1),
+        stride_uo=up.stride(0),
+        stride_ur=up.stride(1),
+        EVEN_K=inner % tiles["BLOCK_K"] == 0,
+        BLOCK_R=_block_r(up.shape[1]),
+        GROUP=8,
+        **tiles,
+        **layout,
+        **products,
+    )
     return y
 
 
@@ -386,26 +384,25 @@ def _outer(x: Tensor, h: Tensor, transposed: bool, tf32: bool | None) -> Tensor:
     chunks = triton.cdiv(layout["M"], chunk)
     part = torch.empty(chunks, *shape, dtype=torch.float32, device=x.device)
     block_r = _block_r(rank)
-    with torch.cuda.device_of(x):
-        _outer_kernel[(triton.cdiv(columns, 64), chunks, triton.cdiv(rank, block_r))](
-            x,
-            h,
-            part,
-            P=columns,
-            R=rank,
-            chunk=chunk,
-            stride_xp=x.stride(2),
-            stride_pc=part.stride(0),
-            stride_pp=part.stride(2 if transposed else 1),
-            stride_pr=part.stride(1 if transposed else 2),
-            BLOCK_M=64,
-            BLOCK_P=64,
-            BLOCK_R=block_r,
-            num_warps=max(4, block_r // 8),
-            num_stages=2,
-            **layout,
-            **_products(x, tf32),
-        )
+    _outer_kernel[(triton.cdiv(columns, 64), chunks, triton.cdiv(rank, block_r))](
+        x,
+        h,
+        part,
+        P=columns,
+        R=rank,
+        chunk=chunk,
+        stride_xp=x.stride(2),
+        stride_pc=part.stride(0),
+        stride_pp=part.stride(2 if transposed else 1),
+        stride_pr=part.stride(1 if transposed else 2),
+        BLOCK_M=64,
+        BLOCK_P=64,
+        BLOCK_R=block_r,
+        num_warps=max(4, block_r // 8),
+        num_stages=2,
+        **layout,
+        **_products(x, tf32),
+    )
     return part[0] if chunks == 1 else part.sum(0)
 
 
@@ -438,15 +435,16 @@ def _forward(
     tf32: bool | None,
 ) -> tuple[Tensor, Tensor]:
     """y (..., O) and h (M, r)."""
-    tokens = _tokens(x)
-    if implementation == "triton":
-        h = _down(tokens, A, seed, scale, dropout, tf32)
-        y = _linear(tokens, weight, bias, h, B, start, tf32)
-    else:
-        h = _down_torch(tokens, A, seed, scale, dropout)
-        y = F.linear(tokens, weight, bias).flatten(0, -2)
-        y[:, start : start + B.shape[0]].addmm_(h, B.to(x.dtype).T)
-    return y.view(*x.shape[:-1], weight.shape[0]), h
+    with torch.cuda.device_of(x):  # which need not be the current one
+        tokens = _tokens(x)
+        if implementation == "triton":
+            h = _down(tokens, A, seed, scale, dropout, tf32)
+            y = _linear(tokens, weight, bias, h, B, start, tf32)
+        else:
+            h = _down_torch(tokens, A, seed, scale, dropout)
+            y = F.linear(tokens, weight, bias).flatten(0, -2)
+            y[:, start : start + B.shape[0]].addmm_(h, B.to(x.dtype).T)
+        return y.view(*x.shape[:-1], weight.shape[0]), h
 
 
 def _backward(
@@ -465,37 +463,38 @@ def _backward(
     tf32: bool | None,
 ) -> list[Tensor]:
     """Those gradients of x, W, b, A and B that `needs` asks for; only their inputs are given."""
-    outer = _tokens(dy)
-    ranged = outer[..., start : start + B.shape[0]]
-    use_triton = implementation == "triton"
-    if needs[0] or needs[3]:
-        if use_triton:
-            g = _down(ranged, B.T, seed, scale, dropout, tf32)
-        else:
-            g = _down_torch(ranged, B.T, seed, scale, dropout)
-    gradients: list[Tensor] = []
-    if needs[0]:
-        assert weight is not None
-        if use_triton:
-            dx = _linear(outer, weight.T, None, g, A.T, 0, tf32)
-        else:
-            dx = F.linear(outer, weight.T).flatten(0, -2)
-            dx.addmm_(g, A.to(dy.dtype))
-        gradients.append(dx.view(*dy.shape[:-1], weight.shape[1]))
-    if needs[1]:
-        assert x is not None
-        gradients.append(outer.flatten(0, 1).T @ _tokens(x).flatten(0, 1))
-    if needs[2]:
-        gradients.append(outer.sum((0, 1)))
-    if needs[3]:
-        assert x is not None
-        dA = _outer(_tokens(x), g, True, tf32) if use_triton else g.T @ _tokens(x).flatten(0, 1)
-        gradients.append(dA.to(A.dtype))
-    if needs[4]:
-        assert h is not None
-        dB = _outer(ranged, h, False, tf32) if use_triton else (h.T @ ranged.flatten(0, 1)).T
-        gradients.append(dB.to(B.dtype).contiguous())
-    return gradients
+    with torch.cuda.device_of(dy):  # which need not be the current one
+        outer = _tokens(dy)
+        ranged = outer[..., start : start + B.shape[0]]
+        use_triton = implementation == "triton"
+        if needs[0] or needs[3]:
+            if use_triton:
+                g = _down(ranged, B.T, seed, scale, dropout, tf32)
+            else:
+                g = _down_torch(ranged, B.T, seed, scale, dropout)
+        gradients: list[Tensor] = []
+        if needs[0]:
+            assert weight is not None
+            if use_triton:
+                dx = _linear(outer, weight.T, None, g, A.T, 0, tf32)
+            else:
+                dx = F.linear(outer, weight.T).flatten(0, -2)
+                dx.addmm_(g, A.to(dy.dtype))
+            gradients.append(dx.view(*dy.shape[:-1], weight.shape[1]))
+        if needs[1]:
+            assert x is not None
+            gradients.append(outer.flatten(0, 1).T @ _tokens(x).flatten(0, 1))
+        if needs[2]:
+            gradients.append(outer.sum((0, 1)))
+        if needs[3]:
+            assert x is not None
+            dA = _outer(_tokens(x), g, True, tf32) if use_triton else g.T @ _tokens(x).flatten(0, 1)
+            gradients.append(dA.to(A.dtype))
+        if needs[4]:
+            assert h is not None
+            dB = _outer(ranged, h, False, tf32) if use_triton else (h.T @ ranged.flatten(0, 1)).T
+            gradients.append(dB.to(B.dtype).contiguous())
+        return gradients
 
 
 _forward_op = torch.library.custom_op("emrrg_kernels::lora_linear_fwd", _forward, mutates_args=())

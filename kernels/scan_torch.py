@@ -537,15 +537,11 @@ class _States:
         pairs = zip(self.states_steps[:-1], self.decay_steps[1:], strict=True)
         self.backwards = list(pairs)[::-1]
 
-    def _rows(self, x: Tensor) -> Tensor:
-        """(G B, S, N D)."""
-        groups, batch, steps, state, dim = self.shape
-        return x.view(groups * batch, steps, state * dim)
-
     @cached_property
     def rows(self) -> Tensor:
         """The states as (G B, S, N D)."""
-        return self._rows(self.states)
+        groups, batch, steps, state, dim = self.shape
+        return self.states.view(groups * batch, steps, state * dim)
 
     @cached_property
     def arrived(self) -> Tensor:
