@@ -61,7 +61,7 @@ def scan_forward(
         flags: (B, L) uint8 of `kernels.reference.step_flags`.
         delta_softplus: whether the step size passes through softplus.
         reverse: from the last step to the first.
-        kept: `scan_torch.kept_shape`, fp32 or fp64: gets states that save `scan_backward` work;
+        kept: flat, of `scan_torch.kept_size`, fp32 or fp64: gets what saves `scan_backward` work;
             plain torch alone.
     Returns:
         (B, L, D) in u's dtype, and the last state (B, D, N), fp32 or fp64.

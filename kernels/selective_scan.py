@@ -1328,10 +1328,10 @@ def _scan_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     if implementation == "triton":
         with torch.cuda.device_of(inputs[0]):  # which need not be the current one
             return _launch_fwd(*inputs, keep)
-    u, delta, A, B, C, *_ = inputs
+    u, delta, A, B, C, _, z, *_ = inputs
     keep = keep and implementation == "torch"
-    shape = scan_torch.kept_shape(*u.shape, A.shape[1], _groups(B, C)) if keep else (0,)
-    kept = u.new_empty(shape, dtype=_precision(u, delta, A, B, C))
+    size = scan_torch.kept_size(*u.shape, A.shape[1], z is not None) if keep else 0
+    kept = u.new_empty(size, dtype=_precision(u, delta, A, B, C))
     with torch.autocast("cpu", enabled=False):
         out, last = scan_cpu.scan_forward(
             implementation == "native", *inputs, kept if keep else None
@@ -1341,14 +1341,15 @@ def _scan_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @_scan_fwd.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    u, delta, A, B, C, *_, keep, implementation = args
+    u, delta, A, B, C, _, z, *_, keep, implementation = args
     precision = _precision(u, delta, A, B, C)
     last = u.new_empty((u.shape[0], *A.shape), dtype=precision)
-    sizes = *u.shape, A.shape[1], _groups(B, C)
+    sizes = *u.shape, A.shape[1]
     if keep and implementation == "triton":
-        return u.new_empty(u.shape), last, _workspace(u, *_kept_shape(*sizes))
-    shape = scan_torch.kept_shape(*sizes) if keep and implementation == "torch" else (0,)
-    return u.new_empty(u.shape), last, u.new_empty(shape, dtype=precision)
+        return u.new_empty(u.shape), last, _workspace(u, *_kept_shape(*sizes, _groups(B, C)))
+    keep = keep and implementation == "torch"
+    size = scan_torch.kept_size(*sizes, z is not None) if keep else 0
+    return u.new_empty(u.shape), last, u.new_empty(size, dtype=precision)
 
 
 @torch.library.custom_op(
@@ -1363,10 +1364,10 @@ def _scan_bwd(*args: Any) -> list[Tensor]:
         with torch.cuda.device_of(kept):
             grads = _launch_bwd(dout, dlast, kept, *inputs, needs)
     else:
-        states = kept if kept.ndim == 5 else None
+        native = implementation == "native"
+        ours = kept if kept.numel() else None
         with torch.autocast("cpu", enabled=False):
-            native = implementation == "native"
-            grads = list(scan_cpu.scan_backward(native, dout, dlast, *inputs, needs, states))
+            grads = list(scan_cpu.scan_backward(native, dout, dlast, *inputs, needs, ours))
     return [x.contiguous() for x in grads if x is not None]
 
 
@@ -1430,7 +1431,7 @@ def selective_scan(
     The state is fp32 (fp64 where u, delta, A, B or C is), whatever they are. Gradients flow to
     every tensor of floating point, through the last state too, and are computed only for those that
     need them. On a GPU the forward keeps 1/4 N numbers in fp32 for each (b, d, l) where a gradient
-    is wanted; so does "torch" on the CPU, and "native" keeps none.
+    is wanted; so does "torch" on the CPU, with z one more, and "native" keeps none.
 
     Args:
         u, delta: (B, L, D) fp32, fp16 or bf16 (fp64 on the CPU), any strides. delta: before bias
