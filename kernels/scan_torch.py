@@ -5,9 +5,9 @@ one `exp` for a whole chunk, one `addcmul_` for each step, matrix products for s
 Operations on a chunk and on one of its steps share their work among threads in the same way, so a
 core finds in its own cache what it wrote before. What has no states is computed for blocks of many
 chunks. The backward goes from the last chunk to the first and computes the states of each again,
-from the state before it: one that the forward kept, with what a gate multiplies N / 4 + 1 numbers
-for each (b, l, d), or that a first pass computes (the cross scan has four times as many). Memory is
-O(B L (D + N) + B D N) with N / 4 for a constant, never (B, L, D, N).
+from the state before it: one that the forward kept, N / 4 numbers for each (b, l, d) at most, or
+that a first pass computes (the cross scan has four times as many). What a gate multiplies is kept
+too. Memory is O(B L (D + N) + B D N) with N / 4 for a constant, never (B, L, D, N).
 
 A cross scan is a scan of K groups of channels, each with its own order of the tokens.
 
@@ -42,7 +42,7 @@ from kernels.reference import RESET, SKIP
 CHUNK = 1 << 18  # elements of a chunk of states for each thread: they stay in its cache
 BLOCK = 1 << 18  # elements without states that are computed at once
 KEPT = 1 << 21  # elements, at most, of a buffer that a thread keeps
-STEPS = 4  # between states that a forward keeps; a chunk has so many or a multiple
+STEPS = 4  # the fewest between states that a forward keeps; a chunk has a multiple of it
 
 
 def scan_forward(
@@ -84,7 +84,15 @@ def scan_forward(
 
 def kept_size(batch: int, length: int, dim: int, state: int, gated: bool) -> int:
     """How many numbers a forward keeps: states, and with z what the gate multiplies."""
-    return batch * dim * (length // STEPS * state + length * gated)
+    return batch * dim * (length // _kept_every(batch, dim, state) * state + length * gated)
+
+
+def _kept_every(batch: int, dim: int, state: int) -> int:
+    """Steps from a state that a forward keeps to the next: a thread's chunk, or STEPS.
+
+    It does not depend on the number of threads, which can change between the two passes.
+    """
+    return max(STEPS, CHUNK // max(1, batch * dim * state) // STEPS * STEPS)
 
 
 def scan_backward(
@@ -297,6 +305,7 @@ class _Scan:
     initial: Tensor | None  # (G, B, N, D)
     flags: Tensor | None  # (B, L)
     softplus: bool
+    every: int  # steps between states that a forward keeps; a chunk has so many or a multiple
 
     @cached_property
     def largest_rate(self) -> float:
@@ -311,7 +320,7 @@ class _Scan:
         """Ranges of samples and channels of which a few steps' states fit a chunk."""
         groups, batch, _, dim = self.u.shape
         state = self.A.shape[-2]
-        budget = max(1, self.chunk() // max(STEPS, state // 4))  # elements of a step
+        budget = max(1, self.chunk() // max(self.every, state // 4))  # elements of a step
         channels = _share(dim, budget // (groups * state))
         samples = _share(batch, budget // max(1, groups * state * channels))
         for sample in range(0, batch, samples):
@@ -322,7 +331,8 @@ class _Scan:
         """All steps: blocks of as many chunks as fit, the chunks left, the steps left."""
         groups, batch, length, dim = self.u.shape
         step, state = max(1, groups * batch * dim), self.A.shape[-2]
-        size = max(self.chunk() // (step * state), STEPS, state // 4) // STEPS * STEPS
+        size = max(self.chunk() // (step * state), self.every, state // 4)
+        size = size // self.every * self.every
         size = min(size, max(length, 1))
         chunks = max(1, min(length, BLOCK // step) // size)
         blocks, rest = divmod(length // size, chunks)
@@ -639,7 +649,7 @@ class _Kept:
 
     def __init__(self, memory: Tensor, walk: _Walk, gated: bool) -> None:
         groups, batch, length, dim = walk.scan.u.shape
-        states = length // STEPS
+        states = length // walk.scan.every
         shapes: list[tuple[int, ...]] = [(groups, batch, walk.scan.A.shape[-2], dim)] * states
         if gated:
             shapes += [walk.shape(number) for number in range(len(walk))]
@@ -647,7 +657,7 @@ class _Kept:
         self.size = sum(sizes)
         pieces = memory[: self.size].split(sizes)
         views = [x.view(shape) for x, shape in zip(pieces, shapes, strict=True)]
-        self.states = views[:states]  # before steps STEPS, 2 STEPS, ...
+        self.states = views[:states]  # before steps `every`, 2 `every`, ...
         self.outputs = [_Chunks(x) for x in views[states:]]  # of each block <C, h> + D u
 
 
@@ -850,7 +860,7 @@ class _Backward:
         if self.need_states and self.kept:
             sizes = (cut.size for cut, *_ in walk.places for _ in range(cut.chunks))
             edges = list(itertools.accumulate(sizes))
-            self.starts += [self.kept[edge // STEPS - 1] for edge in edges[:-1]]
+            self.starts += [self.kept[edge // self.scan.every - 1] for edge in edges[:-1]]
         elif self.need_states:
             for number in range(len(walk)):
                 block = _Block(walk, number)
@@ -989,6 +999,7 @@ def _scan(
         None if initial_state is None else _state(initial_state.to(dtype), groups),
         flags,
         softplus,
+        _kept_every(u.shape[0], *A.shape),
     )
 
 
@@ -998,7 +1009,7 @@ def _cross(
     dtype = _precision(u, A)
     A, B, C, D, delta_bias = (t.to(dtype) for t in (A, B, C, D, delta_bias))
     A, D, delta_bias = A.mT[:, None, None], D[:, None, None], delta_bias[:, None, None]
-    return _Scan(u, delta, A, B, C, D, delta_bias, None, None, True)
+    return _Scan(u, delta, A, B, C, D, delta_bias, None, None, True, STEPS)
 
 
 def _outputs(
@@ -1021,7 +1032,7 @@ def _outputs(
             if kept is None:
                 before.copy_(last)
             else:
-                for h in block.chunk.states_steps[STEPS - 1 :: STEPS]:
+                for h in block.chunk.states_steps[scan.every - 1 :: scan.every]:
                     before = next(slots)
                     before.copy_(h)
         yield block, y.all if scan.D is None else y.all.addcmul_(block.u, scan.D)

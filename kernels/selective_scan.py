@@ -1431,7 +1431,7 @@ def selective_scan(
     The state is fp32 (fp64 where u, delta, A, B or C is), whatever they are. Gradients flow to
     every tensor of floating point, through the last state too, and are computed only for those that
     need them. On a GPU the forward keeps 1/4 N numbers in fp32 for each (b, d, l) where a gradient
-    is wanted; so does "torch" on the CPU, with z one more, and "native" keeps none.
+    is wanted; "torch" on the CPU at most as many, and one more with z; "native" keeps none.
 
     Args:
         u, delta: (B, L, D) fp32, fp16 or bf16 (fp64 on the CPU), any strides. delta: before bias

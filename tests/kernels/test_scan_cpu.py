@@ -242,9 +242,13 @@ def test_scan(native: bool, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["all-flags-reverse", "groups", "fixed-B-C", "slabs"])
-def test_torch_in_small_pieces(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Ranges of samples and of channels, blocks and chunks, with a rest in each."""
-    monkeypatch.setattr(scan_torch, "CHUNK", 300)
+@pytest.mark.parametrize("chunk", [300, 4000])
+def test_torch_in_small_pieces(monkeypatch: pytest.MonkeyPatch, name: str, chunk: int) -> None:
+    """Ranges of samples and of channels, blocks and chunks, with a rest in each.
+
+    Of the larger chunks states are kept more than STEPS apart.
+    """
+    monkeypatch.setattr(scan_torch, "CHUNK", chunk)
     monkeypatch.setattr(scan_torch, "BLOCK", 500)
     monkeypatch.setattr(scan_torch, "STEPS", 3)
     check(False, CASES[name])
