@@ -64,10 +64,14 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit that is measured, with a plus sign where the tree differs; None: not a clone."""
+    """The commit that is measured, with a plus sign where the tree differs; None: not a clone.
+
+    Results that a run before wrote are no difference.
+    """
     try:
         head = _git("rev-parse", "--short=12", "HEAD").strip()
-        return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        code = "--", ".", ":(exclude)benchmarks/results"
+        return head + ("+" if _git("status", "--porcelain", "--untracked-files=no", *code) else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

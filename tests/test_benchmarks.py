@@ -650,6 +650,24 @@ def test_groups_are_saved_whole():
     assert [run["commit"] for run in last["runs"]] == ["new", "last"]  # no record is of the first
 
 
+def test_a_commit_is_marked_where_the_code_differs(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert machine.commit() is None
+    stored, code = tmp_path / "benchmarks/results/cpu.json", tmp_path / "scan.py"
+    stored.parent.mkdir(parents=True)
+    for path in (stored, code):
+        path.write_text("1")
+    author = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    head = machine.commit()
+    assert head is not None and len(head) == 12
+    stored.write_text("2")
+    assert machine.commit() == head
+    code.write_text("2")
+    assert machine.commit() == head + "+"
+
+
 @pytest.mark.parametrize("key", results.SAME)
 def test_machines_are_not_mixed(key):
     with pytest.raises(results.ResultError, match=f"of {key}"):
