@@ -652,6 +652,7 @@ def test_groups_are_saved_whole():
 
 def test_a_commit_is_marked_where_the_code_differs(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert machine.commit() is None
     stored, code = tmp_path / "benchmarks/results/cpu.json", tmp_path / "scan.py"
     stored.parent.mkdir(parents=True)
