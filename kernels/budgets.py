@@ -33,6 +33,8 @@ from unittest import mock
 
 import torch
 
+from kernels.inputs import CrossInputs, ScanInputs
+
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -492,68 +494,67 @@ def _lora_backward(dtype: torch.dtype) -> None:
     lora_linear._backward(t["dy"], t["x"], t["weight"], *rest, needs, "triton", False)
 
 
-def _cross_tensors(batch: int = BATCH) -> tuple[Any, ...]:
+def _cross_inputs(batch: int = BATCH) -> CrossInputs:
     u = _activation(ORDERS, batch, LENGTH, DIM)
     b = _empty(ORDERS, batch, LENGTH, STATE)
     skip = _empty(ORDERS, DIM)
     orders = _empty(ORDERS, LENGTH, dtype=torch.int64)
-    return u, u, _empty(ORDERS, DIM, STATE), b, b, skip, _activation(*u.shape[1:]), skip, orders
+    A, z = _empty(ORDERS, DIM, STATE), _activation(*u.shape[1:])
+    return CrossInputs(u, u, A, b, b, skip, z, skip, orders)
 
 
 def _cross_forward(batch: int = BATCH) -> None:
     from kernels import cross_scan
 
-    cross_scan._launch_fwd(*_cross_tensors(batch))
+    cross_scan._launch_fwd(_cross_inputs(batch))
 
 
 def _cross_backward(needs: str, batch: int = BATCH) -> None:
     from kernels import cross_scan
 
-    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
-    needed = [n in needs.split() for n in names]
+    needed = [n in needs.split() for n in CrossInputs._fields[:8]]
     dout = _activation(batch, LENGTH, DIM)
-    cross_scan._launch_bwd(dout, *_cross_tensors(batch), needed)
+    cross_scan._launch_bwd(dout, _cross_inputs(batch), needed)
 
 
-def _scan_tensors(batch: int, length: int, dim: int) -> tuple[Any, ...]:
-    """u, delta, A, B, C, D, z, delta_bias, initial_state, flags, delta_softplus, reverse."""
+def _scan_inputs(batch: int, length: int, dim: int) -> ScanInputs:
     u, b = _activation(batch, length, dim), _empty(batch, length, 1, STATE)
-    return u, u, _empty(dim, STATE), b, b, _empty(dim), u, _empty(dim), None, None, True, False
+    A, vector = _empty(dim, STATE), _empty(dim)
+    return ScanInputs(u, u, A, b, b, vector, u, vector, None, None, True, False)
 
 
-def _packed() -> tuple[Any, ...]:
-    tensors = list(_scan_tensors(BATCH, LENGTH, DIM))
-    tensors[9] = _empty(BATCH, LENGTH, dtype=torch.uint8)
-    return tuple(tensors)
+def _packed() -> ScanInputs:
+    flags = _empty(BATCH, LENGTH, dtype=torch.uint8)
+    return _scan_inputs(BATCH, LENGTH, DIM)._replace(flags=flags)
 
 
-def _far_apart() -> tuple[Any, ...]:
+def _far_apart() -> ScanInputs:
     """Steps 2^31 elements apart, as in a view of something large."""
-    u, _, *rest = _scan_tensors(BATCH, LENGTH, DIM)
+    inputs = _scan_inputs(BATCH, LENGTH, DIM)
+    u = inputs.u
     far = torch.empty_strided(u.shape, (0, 2**31, 1), dtype=u.dtype, device="meta")
-    return far, far, *rest
+    return inputs._replace(u=far, delta=far)
 
 
-def _scan_forward(keep: bool, tensors: tuple[Any, ...] | None = None) -> None:
+def _scan_forward(keep: bool, inputs: ScanInputs | None = None) -> None:
     from kernels import selective_scan
 
-    selective_scan._launch_fwd(*(tensors or _scan_tensors(BATCH, LENGTH, DIM)), keep)
+    selective_scan._launch_fwd(inputs or _scan_inputs(BATCH, LENGTH, DIM), keep)
 
 
-def _scan_backward(needs: str, tensors: tuple[Any, ...] | None = None) -> None:
+def _scan_backward(needs: str, inputs: ScanInputs | None = None) -> None:
     from kernels import selective_scan
 
-    tensors = tensors or _scan_tensors(BATCH, LENGTH, DIM)
-    shape = tensors[0].shape
-    kept = _empty(*selective_scan._kept_shape(*shape, STATE, 1))
+    inputs = inputs or _scan_inputs(BATCH, LENGTH, DIM)
+    kept = _empty(*selective_scan._kept_shape(*inputs.u.shape, STATE, 1))
     needed = [n in needs.split() for n in selective_scan._NEEDS]
-    selective_scan._launch_bwd(tensors[0], None, kept, *tensors, needed)
+    selective_scan._launch_bwd(inputs.u, None, kept, inputs, needed)
 
 
 def _long_forward() -> None:
     from kernels import selective_scan
 
-    selective_scan._launch_fwd(*_scan_tensors(*LONG), False)
+    selective_scan._launch_fwd(_scan_inputs(*LONG), False)
 
 
 def _conv_tensors() -> tuple[torch.Tensor, ...]:
@@ -609,7 +610,7 @@ CASES = (
     Case(
         "_backward_border_kernel",
         "a long sequence's chunks, first pass",
-        lambda: _scan_backward(FROZEN, _scan_tensors(*LONG)),
+        lambda: _scan_backward(FROZEN, _scan_inputs(*LONG)),
         ((4, 0),),
     ),
     Case("_cross_scan_fwd_kernel", "forward", _cross_forward, ((4, 4),)),

@@ -43,6 +43,7 @@ from torch import Tensor
 from kernels import scan_cpu
 from kernels.causal_conv1d import check_orders
 from kernels.implementations import choose, nvidia
+from kernels.inputs import CrossInputs
 from kernels.reference import cross_scan_ref
 from kernels.transforms import derivative, transformable
 from kernels.triton_math import jit, silu_slope, softplus, softplus_slope, tl, triton
@@ -569,17 +570,8 @@ def _registers(count: int) -> dict[str, int]:
     return {} if torch.version.hip else {"maxnreg": count}
 
 
-def _launch_fwd(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor,
-    delta_bias: Tensor,
-    orders: Tensor,
-) -> Tensor:
+def _launch_fwd(inputs: CrossInputs) -> Tensor:
+    u, delta, A, B, C, D, z, delta_bias, orders = inputs
     count, batch, length, dim = u.shape
     state = A.shape[2]
     out = z.new_empty(z.shape)
@@ -620,21 +612,11 @@ def _launch_gate(total: Tensor, z: Tensor, dout: Tensor | None, out: Tensor) -> 
 
 
 def _launch_bwd(
-    dout: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor,
-    delta_bias: Tensor,
-    orders: Tensor,
-    needs: Sequence[bool],
+    dout: Tensor, inputs: CrossInputs, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    u, delta, A, B, C, D, z, delta_bias, orders = inputs
     if u.numel() == 0:
-        wanted = zip(inputs, needs, strict=True)
+        wanted = zip(inputs.differentiable, needs, strict=True)
         return [torch.zeros_like(t) if need else None for t, need in wanted]
     count, batch, length, dim = u.shape
     state = A.shape[2]
@@ -720,12 +702,13 @@ _NEEDS = ("U", "DELTA", "A", "B", "C", "D", "Z", "BIAS")
 )
 def _cross_scan_fwd(*args: Any) -> Tensor:
     *tensors, implementation = args
-    check_orders("cross_scan", tensors[-1])
+    inputs = CrossInputs(*tensors)
+    check_orders("cross_scan", inputs.orders)
     if implementation == "triton":
-        with torch.cuda.device_of(tensors[0]):  # which need not be the current one
-            return _launch_fwd(*tensors)
+        with torch.cuda.device_of(inputs.u):  # which need not be the current one
+            return _launch_fwd(inputs)
     with torch.autocast("cpu", enabled=False):
-        return scan_cpu.cross_forward(implementation == "native", *tensors)
+        return scan_cpu.cross_forward(implementation == "native", inputs)
 
 
 @_cross_scan_fwd.register_fake
@@ -740,14 +723,15 @@ def _(*args: Any) -> Tensor:
     "Tensor z, Tensor delta_bias, Tensor orders, bool[] needs, str implementation) -> Tensor[]",
 )
 def _cross_scan_bwd(*args: Any) -> list[Tensor]:
-    *inputs, implementation = args
+    dout, *tensors, needs, implementation = args
+    inputs = CrossInputs(*tensors)
     gradients: Sequence[Tensor | None]
     if implementation == "triton":
-        with torch.cuda.device_of(inputs[0]):
-            gradients = _launch_bwd(*inputs)
+        with torch.cuda.device_of(dout):
+            gradients = _launch_bwd(dout, inputs, needs)
     else:
         with torch.autocast("cpu", enabled=False):
-            gradients = scan_cpu.cross_backward(implementation == "native", *inputs)
+            gradients = scan_cpu.cross_backward(implementation == "native", dout, inputs, needs)
     return [g.contiguous() for g in gradients if g is not None]
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels import scan_torch
+from kernels.inputs import CrossInputs, ScanInputs
 from kernels.native import Library, load
 
 SOURCE = Path(__file__).with_name("scan_cpu.cpp")
@@ -34,45 +35,25 @@ _loaded: Library | None = None
 
 
 def scan_forward(
-    native: bool,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    flags: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    kept: Tensor | None = None,
+    native: bool, inputs: ScanInputs, kept: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The selective scan, see `kernels.reference.scan_ref`.
 
     Args:
         native: compiled code; else plain torch.
-        u, delta, z: (B, L, D), any strides.
-        A: (D, N).
-        B, C: (D, N) or (B, L, G, N).
-        D, delta_bias: (D,).
-        initial_state: (B, D, N).
-        flags: (B, L) uint8 of `kernels.reference.step_flags`.
-        delta_softplus: whether the step size passes through softplus.
-        reverse: from the last step to the first.
+        inputs: the scan's.
         kept: flat, of `scan_torch.kept_size`, fp32 or fp64: gets what saves `scan_backward` work;
             plain torch alone.
     Returns:
         (B, L, D) in u's dtype, and the last state (B, D, N), fp32 or fp64.
     """
-    B, C = _same_groups(B, C)
-    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state, flags, delta_softplus, reverse)
+    inputs = _same_groups(inputs)
     if not native:
-        return scan_torch.scan_forward(*inputs, kept)
+        return scan_torch.scan_forward(inputs, kept)
+    u = inputs.u
     out = u.new_empty(u.shape)
-    last = u.new_empty(u.shape[0], *A.shape, dtype=torch.float32)
-    _scan_native(*inputs, out=out, last=last)
+    last = u.new_empty(u.shape[0], *inputs.A.shape, dtype=torch.float32)
+    _scan_native(inputs, out=out, last=last)
     return out, last
 
 
@@ -80,25 +61,14 @@ def scan_backward(
     native: bool,
     dout: Tensor | None,
     dlast: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    flags: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
+    inputs: ScanInputs,
     needs: Sequence[bool],
     kept: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of `scan_forward`.
 
     Args:
-        native, u, ..., reverse: as there.
+        native, inputs: as there.
         dout: (B, L, D), the output's gradient; None: zeros.
         dlast: (B, D, N), the last state's; None: zeros.
         needs: which of the nine gradients to compute.
@@ -107,88 +77,59 @@ def scan_backward(
         Gradients of u, delta, A, B, C, D, z, delta_bias, initial_state, each in its input's shape
         and dtype; None where it is not needed.
     """
-    given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    B, C = _same_groups(B, C)
-    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state, flags, delta_softplus, reverse)
+    given = inputs.differentiable
+    inputs = _same_groups(inputs)
     grads: Sequence[Tensor | None]
     if native:
-        likes = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+        likes = inputs.differentiable
         grads = [_room(x, need) for x, need in zip(likes, needs, strict=True)]
         for i in (2, 3, 4, 5, 7, 8):
             grads[i] = _sum_room(likes[i], needs[i])
         if dout is None:
-            dout = u.new_zeros(1).expand(u.shape)
-        _scan_native(*inputs, dout=dout, dlast=dlast, grads=grads)
+            dout = inputs.u.new_zeros(1).expand(inputs.u.shape)
+        _scan_native(inputs, dout=dout, dlast=dlast, grads=grads)
     else:
-        grads = scan_torch.scan_backward(dout, dlast, *inputs, needs, kept)
+        grads = scan_torch.scan_backward(dout, dlast, inputs, needs, kept)
     return tuple(_as(_of_groups(g, x), x) for g, x in zip(grads, given, strict=True))
 
 
-def cross_forward(
-    native: bool,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor,
-    delta_bias: Tensor,
-    orders: Tensor,
-) -> Tensor:
+def cross_forward(native: bool, inputs: CrossInputs) -> Tensor:
     """The scans of all visiting orders, summed and gated; `kernels.reference.cross_scan_ref`.
 
     Args:
         native: compiled code; else plain torch.
-        u, delta: (K, B, L, D), any strides.
-        A: (K, D, N).
-        B, C: (K, B, L, N).
-        D, delta_bias: (K, D).
-        z: (B, L, D).
-        orders: (K, L) int64.
+        inputs: the cross scan's.
     Returns:
         (B, L, D) in z's dtype.
     """
-    inputs = (u, delta, A, B, C, D, z, delta_bias, orders)
     if not native:
-        return scan_torch.cross_forward(*inputs)
-    out = z.new_empty(z.shape)
-    _cross_native(*inputs, out=out)
+        return scan_torch.cross_forward(inputs)
+    out = inputs.z.new_empty(inputs.z.shape)
+    _cross_native(inputs, out=out)
     return out
 
 
 def cross_backward(
-    native: bool,
-    dout: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor,
-    delta_bias: Tensor,
-    orders: Tensor,
-    needs: Sequence[bool],
+    native: bool, dout: Tensor, inputs: CrossInputs, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of `cross_forward`.
 
     Args:
-        native, u, ..., orders: as there.
+        native, inputs: as there.
         dout: (B, L, D), the output's gradient.
         needs: which of the eight gradients to compute.
     Returns:
         Gradients of u, delta, A, B, C, D, z, delta_bias, each in its input's shape and dtype; None
         where it is not needed.
     """
-    inputs = (u, delta, A, B, C, D, z, delta_bias, orders)
     if not native:
-        return scan_torch.cross_backward(dout, *inputs, needs)
-    grads = [_room(x, need) for x, need in zip(inputs[:8], needs, strict=True)]
+        return scan_torch.cross_backward(dout, inputs, needs)
+    likes = inputs.differentiable
+    grads = [_room(x, need) for x, need in zip(likes, needs, strict=True)]
     for i in (2, 5, 7):
-        grads[i] = _sum_room(inputs[i], needs[i])
-    _cross_native(*inputs, dout=dout, grads=grads)
-    return tuple(_as(g, x) for g, x in zip(grads, inputs, strict=False))
+        grads[i] = _sum_room(likes[i], needs[i])
+    _cross_native(inputs, dout=dout, grads=grads)
+    return tuple(_as(g, x) for g, x in zip(grads, likes, strict=True))
 
 
 def conv_forward(
@@ -268,13 +209,13 @@ def _library() -> Library:
     return _loaded
 
 
-def _same_groups(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+def _same_groups(inputs: ScanInputs) -> ScanInputs:
     """B and C with as many groups as the one with more."""
+    B, C = inputs.B, inputs.C
     if B.ndim == 2 or C.ndim == 2 or B.shape[2] == C.shape[2]:
-        return B, C
-    groups = max(B.shape[2], C.shape[2])
-    B, C = (t.repeat_interleave(groups // t.shape[2], dim=2) for t in (B, C))
-    return B, C
+        return inputs
+    B, C = (t.repeat_interleave(inputs.groups // t.shape[2], dim=2) for t in (B, C))
+    return inputs._replace(B=B, C=C)
 
 
 def _of_groups(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
@@ -347,18 +288,7 @@ def _sum_room(x: Tensor | None, need: bool) -> Tensor | None:
 
 
 def _scan_native(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    flags: Tensor | None,
-    softplus: bool,
-    reverse: bool,
+    inputs: ScanInputs,
     *,
     out: Tensor | None = None,
     last: Tensor | None = None,
@@ -367,8 +297,9 @@ def _scan_native(
     grads: Sequence[Tensor | None] = (None,) * 9,
 ) -> None:
     """One call of scan_forward, or of scan_backward where there is no `out`."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state, flags, softplus, reverse = inputs
     du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = grads
-    groups = max(t.shape[2] if t.ndim == 4 else 1 for t in (B, C))
+    groups = inputs.groups
     fixed_B, fixed_C = (_plain(t) if t.ndim == 2 else None for t in (B, C))
     A, D, delta_bias = _plain(A), _plain(D), _plain(delta_bias)  # type: ignore[assignment]
     initial_state, dlast = _plain(initial_state), _plain(dlast)
@@ -414,21 +345,14 @@ def _scan_native(
 
 
 def _cross_native(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor,
-    delta_bias: Tensor,
-    orders: Tensor,
+    inputs: CrossInputs,
     *,
     out: Tensor | None = None,
     dout: Tensor | None = None,
     grads: Sequence[Tensor | None] = (None,) * 8,
 ) -> None:
     """One call of scan_forward, or of scan_backward where there is no `out`."""
+    u, delta, A, B, C, D, z, delta_bias, orders = inputs
     du, ddelta, dA, dB, dC, dD, dz, dbias = grads
     A, D, delta_bias = _plain(A), _plain(D), _plain(delta_bias)  # type: ignore[assignment]
     orders = orders.to(torch.int64).contiguous()

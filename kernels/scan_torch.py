@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from kernels.inputs import CrossInputs, ScanInputs
 from kernels.reference import RESET, SKIP
 
 CHUNK = 1 << 18  # elements of a chunk of states for each thread: they stay in its cache
@@ -45,28 +46,12 @@ KEPT = 1 << 21  # elements, at most, of a buffer that a thread keeps
 STEPS = 4  # the fewest between states that a forward keeps; a chunk has a multiple of it
 
 
-def scan_forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    flags: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    kept: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def scan_forward(inputs: ScanInputs, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The output and the last state; `kept`, of `kept_size`, is written for `scan_backward`."""
-    if reverse:
-        u, delta, B, C = (_flip(x) for x in (u, delta, B, C))
-        z, flags = _flip_given(z), _flip_given(flags)
-    scan = _scan(u, delta, A, B, C, D, delta_bias, initial_state, flags, delta_softplus)
-    groups = scan.A.shape[0]
-    out, last = u.new_empty(u.shape), scan.A.new_empty(u.shape[0], *A.shape)
+    if inputs.reverse:
+        inputs = _flipped(inputs)
+    u, z, groups, scan = inputs.u, inputs.z, inputs.groups, _scan(inputs)
+    out, last = u.new_empty(u.shape), scan.A.new_empty(u.shape[0], *inputs.A.shape)
     memory = _Memory(scan.A)
     out_steps, z_steps = _steps(out, groups), None if z is None else _steps(z, groups)
     for part, walk, ours in _walks(scan, memory, kept, gated=z is not None):
@@ -79,7 +64,7 @@ def scan_forward(
                 gate = block.values(gates)
                 gate = torch.ops.aten.silu.out(gate, out=block.room("spare").all)
                 block.put(outs, torch.mul, y, gate)
-    return out.flip(1) if reverse else out, last
+    return out.flip(1) if inputs.reverse else out, last
 
 
 def kept_size(batch: int, length: int, dim: int, state: int, gated: bool) -> int:
@@ -98,28 +83,15 @@ def _kept_every(batch: int, dim: int, state: int) -> int:
 def scan_backward(
     dout: Tensor | None,
     dlast: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    flags: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
+    inputs: ScanInputs,
     needs: Sequence[bool],
     kept: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The nine gradients; without what the forward kept that is computed once more."""
-    given = B, C
-    if reverse:
-        u, delta, B, C = (_flip(x) for x in (u, delta, B, C))
-        z, flags, dout = (_flip_given(x) for x in (z, flags, dout))
-    scan = _scan(u, delta, A, B, C, D, delta_bias, initial_state, flags, delta_softplus)
-    groups = scan.A.shape[0]
+    if inputs.reverse:
+        inputs, dout = _flipped(inputs), _flip(dout)
+    u, delta, A, B, C, D, z, delta_bias, initial_state, *_ = inputs
+    groups, scan = inputs.groups, _scan(inputs)
     du, ddelta, dz = (
         x.new_empty(x.shape) if need and x is not None else None
         for x, need in ((u, needs[0]), (delta, needs[1]), (z, needs[6]))
@@ -159,10 +131,10 @@ def scan_backward(
             if dzs is not None and y is not None:
                 block.put(dzs, torch.mul, y.all, slope)
     dA, dinitial = grads.A, grads.initial
-    dB, dC = (_of_coefficients(x, like) for x, like in zip((grads.B, grads.C), given, strict=True))
-    if reverse:
-        du, ddelta, dz = (_flip_given(x) for x in (du, ddelta, dz))
-        dB, dC = (None if x is None else _flip(x) for x in (dB, dC))
+    dB, dC = _of_coefficients(grads.B, B), _of_coefficients(grads.C, C)
+    if inputs.reverse:
+        du, ddelta, dz = (_flip(x) for x in (du, ddelta, dz))
+        dB, dC = (x if x is None or x.ndim == 2 else x.flip(1) for x in (dB, dC))
     return (
         du,
         ddelta,
@@ -176,19 +148,9 @@ def scan_backward(
     )
 
 
-def cross_forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor,
-    delta_bias: Tensor,
-    orders: Tensor,
-) -> Tensor:
+def cross_forward(inputs: CrossInputs) -> Tensor:
     """The output."""
-    scan = _cross(u, delta, A, B, C, D, delta_bias)
+    z, orders, scan = inputs.z, inputs.orders, _cross(inputs)
     total, memory = scan.A.new_zeros(z.shape), _Memory(scan.A)
     for part, walk, _ in _walks(scan, memory):
         tokens = part.of_tokens(total)
@@ -199,20 +161,11 @@ def cross_forward(
 
 
 def cross_backward(
-    dout: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor,
-    delta_bias: Tensor,
-    orders: Tensor,
-    needs: Sequence[bool],
+    dout: Tensor, inputs: CrossInputs, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """The eight gradients."""
-    scan = _cross(u, delta, A, B, C, D, delta_bias)
+    u, delta, A, B, C, D, z, delta_bias, orders = inputs
+    scan = _cross(inputs)
     dtype = scan.A.dtype
     du, ddelta = (
         x.new_empty(x.shape) if need else None for x, need in ((u, needs[0]), (delta, needs[1]))
@@ -964,20 +917,9 @@ class _Backward:
         return (rows.new_ones(1, len(rows)) @ rows)[None, None]
 
 
-def _scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    flags: Tensor | None,
-    softplus: bool,
-) -> _Scan:
-    dtype = _precision(u, delta, A, B, C)
-    groups = max(t.shape[2] if t.ndim == 4 else 1 for t in (B, C))
+def _scan(inputs: ScanInputs) -> _Scan:
+    u, delta, A, B, C, D, _, bias, initial_state, flags, softplus, _ = inputs
+    dtype, groups = _precision(u, delta, A, B, C), inputs.groups
 
     def matrix(t: Tensor) -> Tensor:  # (D, N)
         return t.to(dtype).unflatten(0, (groups, -1)).transpose(1, 2)[:, None, None]
@@ -995,7 +937,7 @@ def _scan(
         coefficients(B),
         coefficients(C),
         vector(D),
-        vector(delta_bias),
+        vector(bias),
         None if initial_state is None else _state(initial_state.to(dtype), groups),
         flags,
         softplus,
@@ -1003,13 +945,12 @@ def _scan(
     )
 
 
-def _cross(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor
-) -> _Scan:
+def _cross(inputs: CrossInputs) -> _Scan:
+    u, delta, A, B, C, D, _, bias, _ = inputs
     dtype = _precision(u, A)
-    A, B, C, D, delta_bias = (t.to(dtype) for t in (A, B, C, D, delta_bias))
-    A, D, delta_bias = A.mT[:, None, None], D[:, None, None], delta_bias[:, None, None]
-    return _Scan(u, delta, A, B, C, D, delta_bias, None, None, True, STEPS)
+    A, B, C, D, bias = (t.to(dtype) for t in (A, B, C, D, bias))
+    A, D, bias = A.mT[:, None, None], D[:, None, None], bias[:, None, None]
+    return _Scan(u, delta, A, B, C, D, bias, None, None, True, STEPS)
 
 
 def _outputs(
@@ -1052,12 +993,20 @@ def _walks(
         yield part, walk, ours
 
 
-def _flip(x: Tensor) -> Tensor:
-    """Steps, dimension 1, from the last; a B or C that is the same for all, (D, N), as it is."""
-    return x if x.ndim == 2 else x.flip(1)
+def _flipped(inputs: ScanInputs) -> ScanInputs:
+    """The last step first; a B or C that is the same for all steps as it is."""
+    B, C = (x if x.ndim == 2 else x.flip(1) for x in (inputs.B, inputs.C))
+    return inputs._replace(
+        u=inputs.u.flip(1),
+        delta=inputs.delta.flip(1),
+        B=B,
+        C=C,
+        z=_flip(inputs.z),
+        flags=_flip(inputs.flags),
+    )
 
 
-def _flip_given(x: Tensor | None) -> Tensor | None:
+def _flip(x: Tensor | None) -> Tensor | None:
     """Steps, dimension 1, from the last."""
     return None if x is None else x.flip(1)
 

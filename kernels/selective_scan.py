@@ -43,6 +43,7 @@ from torch import Tensor
 
 from kernels import implementations, scan_cpu, scan_torch
 from kernels.implementations import choose, nvidia, triton_interpreted
+from kernels.inputs import ScanInputs
 from kernels.reference import scan_ref, step_flags
 from kernels.transforms import derivative, transformable
 from kernels.triton_math import jit, silu, silu_slope, softplus, softplus_slope, tl, triton
@@ -1031,10 +1032,6 @@ def _registers(need_A: bool, wide: bool) -> dict[str, int]:
     return {} if more or torch.version.hip else {"maxnreg": 168}
 
 
-def _groups(*tensors: Tensor) -> int:
-    return max([1, *(x.shape[2] for x in tensors if x.ndim == 4)])
-
-
 def _wide(programs: int, padded: int, *tensors: Tensor | None) -> bool:
     """Whether offsets inside one sequence, of these tensors and of workspaces, pass 2^31."""
     given = [x for x in tensors if x is not None]
@@ -1119,26 +1116,13 @@ def _join(border: Tensor, decay: Tensor, reverse: bool) -> Tensor:
     return border
 
 
-def _launch_fwd(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    flags: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _launch_fwd(inputs: ScanInputs, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    u, delta, A, B, C, D, z, delta_bias, initial_state, flags, delta_softplus, reverse = inputs
     batch, length, dim = u.shape
     state = A.shape[1]
     out = u.new_empty(u.shape)
     last = _workspace(u, batch, dim, state)
-    groups = _groups(B, C)
+    groups = inputs.groups
     kept = _workspace(u, *_kept_shape(batch, length, dim, state, groups) if keep else (0,))
     if out.numel() == 0:
         last.zero_() if initial_state is None else last.copy_(initial_state)
@@ -1196,36 +1180,26 @@ def _launch_bwd(
     dout: Tensor | None,
     dlast: Tensor | None,
     kept: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    flags: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
+    inputs: ScanInputs,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    u, delta, A, B, C, D, z, delta_bias, initial_state, flags, delta_softplus, reverse = inputs
     wanted = dict(zip(_NEEDS, needs, strict=True))
     if u.numel() == 0:
-        wanted_inputs = (x if need else None for x, need in zip(inputs, needs, strict=True))
+        pairs = zip(inputs.differentiable, needs, strict=True)
+        wanted_inputs = (x if need else None for x, need in pairs)
         zeros = [None if x is None else torch.zeros_like(x) for x in wanted_inputs]
         if zeros[8] is not None and dlast is not None:
             zeros[8].copy_(dlast)  # no step: the last state is the first
         return zeros
     if kept.numel() == 0:  # the forward did not know that a gradient would be wanted
-        kept = _launch_fwd(*inputs, flags, delta_softplus, reverse, True)[2]
+        kept = _launch_fwd(inputs, True)[2]
     if dout is None:
         dout = u.new_zeros(1).expand(u.shape)
     batch, length, dim = u.shape
     state = A.shape[1]
     sizes = _sizes(state)
-    groups = _groups(B, C)
+    groups = inputs.groups
     blocks = _blocks(dim, groups)
     programs = batch * groups * blocks
     chunk = _chunk(length, programs, u.device)
@@ -1306,7 +1280,7 @@ def _launch_bwd(
     return [du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial]
 
 
-_NEEDS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+_NEEDS = ScanInputs._fields[:9]  # what can have a gradient
 _INPUTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
     "Tensor? delta_bias, Tensor? initial_state, Tensor? flags, bool delta_softplus, bool reverse"
@@ -1324,32 +1298,37 @@ def _precision(*tensors: Tensor | None) -> torch.dtype:
     schema=f"({_INPUTS}, bool keep, str implementation) -> (Tensor, Tensor, Tensor)",
 )
 def _scan_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *inputs, keep, implementation = args
+    *given, keep, implementation = args
+    inputs = ScanInputs(*given)
     if implementation == "triton":
-        with torch.cuda.device_of(inputs[0]):  # which need not be the current one
-            return _launch_fwd(*inputs, keep)
-    u, delta, A, B, C, _, z, *_ = inputs
+        with torch.cuda.device_of(inputs.u):  # which need not be the current one
+            return _launch_fwd(inputs, keep)
     keep = keep and implementation == "torch"
-    size = scan_torch.kept_size(*u.shape, A.shape[1], z is not None) if keep else 0
-    kept = u.new_empty(size, dtype=_precision(u, delta, A, B, C))
+    kept = _kept_by_torch(inputs, keep)
     with torch.autocast("cpu", enabled=False):
         out, last = scan_cpu.scan_forward(
-            implementation == "native", *inputs, kept if keep else None
+            implementation == "native", inputs, kept if keep else None
         )
     return out.contiguous(), last.contiguous(), kept
 
 
+def _kept_by_torch(inputs: ScanInputs, keep: bool) -> Tensor:
+    u, state = inputs.u, inputs.A.shape[1]
+    size = scan_torch.kept_size(*u.shape, state, inputs.z is not None) if keep else 0
+    return u.new_empty(size, dtype=_precision(*inputs[:5]))
+
+
 @_scan_fwd.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    u, delta, A, B, C, _, z, *_, keep, implementation = args
-    precision = _precision(u, delta, A, B, C)
-    last = u.new_empty((u.shape[0], *A.shape), dtype=precision)
-    sizes = *u.shape, A.shape[1]
+    *given, keep, implementation = args
+    inputs = ScanInputs(*given)
+    u, A = inputs.u, inputs.A
+    last = u.new_empty((u.shape[0], *A.shape), dtype=_precision(*inputs[:5]))
     if keep and implementation == "triton":
-        return u.new_empty(u.shape), last, _workspace(u, *_kept_shape(*sizes, _groups(B, C)))
-    keep = keep and implementation == "torch"
-    size = scan_torch.kept_size(*sizes, z is not None) if keep else 0
-    return u.new_empty(u.shape), last, u.new_empty(size, dtype=precision)
+        kept = _workspace(u, *_kept_shape(*u.shape, A.shape[1], inputs.groups))
+    else:
+        kept = _kept_by_torch(inputs, keep and implementation == "torch")
+    return u.new_empty(u.shape), last, kept
 
 
 @torch.library.custom_op(
@@ -1359,15 +1338,16 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     "str implementation) -> Tensor[]",
 )
 def _scan_bwd(*args: Any) -> list[Tensor]:
-    dout, dlast, kept, *inputs, needs, implementation = args
+    dout, dlast, kept, *given, needs, implementation = args
+    inputs = ScanInputs(*given)
     if implementation == "triton":
         with torch.cuda.device_of(kept):
-            grads = _launch_bwd(dout, dlast, kept, *inputs, needs)
+            grads = _launch_bwd(dout, dlast, kept, inputs, needs)
     else:
         native = implementation == "native"
         ours = kept if kept.numel() else None
         with torch.autocast("cpu", enabled=False):
-            grads = list(scan_cpu.scan_backward(native, dout, dlast, *inputs, needs, ours))
+            grads = list(scan_cpu.scan_backward(native, dout, dlast, inputs, needs, ours))
     return [x.contiguous() for x in grads if x is not None]
 
 
@@ -1503,7 +1483,7 @@ def _selective_scan(
             return_last_state=return_last_state, reverse=reverse, flags=flags,
         )  # fmt: skip
     B, C = (x[:, :, None] if x.ndim == 3 else x for x in (B, C))
-    groups = _groups(B, C)
+    groups = max([1, *(x.shape[2] for x in (B, C) if x.ndim == 4)])
     B, C = (x.expand(-1, -1, groups, -1) if x.ndim == 4 else x for x in (B, C))
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)

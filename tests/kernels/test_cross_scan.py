@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import cross_scan as module
 from kernels import scan_cpu
 from kernels.cross_scan import cross_scan
+from kernels.inputs import CrossInputs
 from kernels.reference import cross_scan_ref, visiting_orders
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
@@ -378,8 +379,9 @@ def test_many_programs_run_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> Non
     frozen = [True, True, False, True, True, False, True, False]
     for batch, expected in ((1, ["fwd", "gate", "bwd", "gate"]), (128, ["fwd", "bwd"])):
         inputs, orders = make(4, batch, 1, 768, 16)
-        module._launch_fwd(*inputs, orders)
-        module._launch_bwd(inputs[6], *inputs, orders, frozen)
+        given = CrossInputs(*inputs, orders)
+        module._launch_fwd(given)
+        module._launch_bwd(given.z, given, frozen)
         assert launched == expected
         launched.clear()
 

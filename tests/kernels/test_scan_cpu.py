@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels import scan_cpu, scan_torch
+from kernels.inputs import CrossInputs, ScanInputs
 from kernels.reference import (
     RESET,
     SKIP,
@@ -201,15 +202,15 @@ def run(
     keep: bool = False,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
     """Forward and backward of an implementation; keep: plain torch keeps what it can use again."""
-    rest = (*inputs, flags, case.softplus, case.reverse)
+    given = ScanInputs(*inputs, flags, case.softplus, case.reverse)  # type: ignore[arg-type]
     kept = None
     if keep:
         sizes = case.batch, case.length, case.dim, case.state
         precision = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32  # type: ignore[union-attr]
         size = scan_torch.kept_size(*sizes, inputs[6] is not None)
         kept = torch.full((size,), torch.nan, dtype=precision)
-    forward = scan_cpu.scan_forward(native, *rest, kept)  # type: ignore[arg-type]
-    return forward, scan_cpu.scan_backward(native, dout, dlast, *rest, needs, kept)  # type: ignore[arg-type]
+    forward = scan_cpu.scan_forward(native, given, kept)
+    return forward, scan_cpu.scan_backward(native, dout, dlast, given, needs, kept)
 
 
 def upstream(case: Case) -> tuple[Tensor, Tensor]:
@@ -271,7 +272,7 @@ def test_torch_in_float64() -> None:
         )
     if scan_cpu.native_available():
         with pytest.raises(TypeError, match="float64"):
-            scan_cpu.scan_forward(True, *inputs, flags, True, False)  # type: ignore[arg-type]
+            scan_cpu.scan_forward(True, ScanInputs(*inputs, flags, True, False))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -516,14 +517,13 @@ def test_softplus(native: bool, above: list[float]) -> None:
     x = torch.cat([torch.linspace(-20, 20, 4001), torch.tensor(above)])
     one = torch.ones(1, 1, len(x))
     ones = torch.ones(1, 1, 1, 1)
-    inputs = (one, x[None, None], -torch.ones(len(x), 1), ones, ones, None, None, None, None, None)
-    out, _ = scan_cpu.scan_forward(native, *inputs, True, False)
+    A = -torch.ones(len(x), 1)
+    inputs = ScanInputs(one, x[None, None], A, ones, ones, *[None] * 5, True, False)
+    out, _ = scan_cpu.scan_forward(native, inputs)
     truth = torch.logaddexp(x.double(), torch.zeros(1, dtype=torch.float64))
     assert float((out[0, 0].double() / truth - 1).abs().max()) <= 2e-6
     assert torch.equal(out[0, 0, 4001:], x[4001:])
-    slope = scan_cpu.scan_backward(
-        native, one, None, *inputs, True, False, [False, True] + [False] * 7
-    )
+    slope = scan_cpu.scan_backward(native, one, None, inputs, [False, True] + [False] * 7)
     # of softplus alone: the decay acts on a state of 0
     assert slope[1] is not None
     ratio = slope[1][0, 0].double() / torch.sigmoid(x.double())
@@ -535,18 +535,19 @@ def test_decay(native: bool) -> None:
     x = torch.cat([-torch.logspace(-6, 1.9, 2000), torch.zeros(1)])
     state = torch.ones(1, len(x), 1)
     zeros, one = torch.zeros(1, 1, len(x)), torch.zeros(1, 1, 1, 1)
-    inputs = (zeros, torch.ones_like(zeros), x[:, None], one, one, None, None, None, state, None)
-    _, last = scan_cpu.scan_forward(native, *inputs, False, False)
+    rest = (None, None, None, state, None, False, False)
+    inputs = ScanInputs(zeros, torch.ones_like(zeros), x[:, None], one, one, *rest)
+    _, last = scan_cpu.scan_forward(native, inputs)
     truth = x.double().exp()
     bound = 2e-7 + 1.2e-7 * x.double().abs()  # the argument is rounded too
     assert bool(((last[0, :, 0].double() / truth - 1).abs() <= bound).all())
     long = torch.zeros(1, 5000, 3)
-    inputs = (
-        *(long, long, -torch.ones(3, 1), one.expand(1, 5000, 1, 1), one.expand(1, 5000, 1, 1)),
-        *(None, None, None, state[:, :3], None),
+    rows, state = one.expand(1, 5000, 1, 1), state[:, :3]
+    inputs = inputs._replace(
+        u=long, delta=long, A=-torch.ones(3, 1), B=rows, C=rows, initial_state=state
     )
-    _, last = scan_cpu.scan_forward(native, *inputs, False, False)
-    assert torch.equal(last, state[:, :3])
+    _, last = scan_cpu.scan_forward(native, inputs)
+    assert torch.equal(last, state)
 
 
 def test_same_bits_again(native: bool) -> None:
@@ -605,12 +606,12 @@ def test_cross(native: bool, name: str, batch: int, dim: int, state: int) -> Non
     truth = leaves(low, torch.float64)
     out = cross_scan_ref(*truth, orders)
     expected = gradients([out], truth, [dout])
-    compare("out", scan_cpu.cross_forward(native, *low, orders), out)
-    ours = scan_cpu.cross_backward(native, dout, *low, orders, [True] * 8)
+    compare("out", scan_cpu.cross_forward(native, CrossInputs(*low, orders)), out)
+    ours = scan_cpu.cross_backward(native, dout, CrossInputs(*low, orders), [True] * 8)
     for i, (which, gradient, true) in enumerate(zip(CROSS, ours, expected, strict=True)):
         compare(f"gradient of {which}", gradient, true)
         needs = [j == i for j in range(8)]
-        alone = scan_cpu.cross_backward(native, dout, *low, orders, needs)
+        alone = scan_cpu.cross_backward(native, dout, CrossInputs(*low, orders), needs)
         assert [g is not None for g in alone] == needs
         compare(f"gradient of {which} alone", alone[i], true)
 
@@ -622,7 +623,7 @@ def test_cross_of_long_sequences(native: bool) -> None:
     low = [t.float() for t in inputs]
     truth = leaves(low, torch.float64)
     expected = gradients([cross_scan_ref(*truth, orders)], truth, [dout])
-    ours = scan_cpu.cross_backward(native, dout, *low, orders, [True] * 8)
+    ours = scan_cpu.cross_backward(native, dout, CrossInputs(*low, orders), [True] * 8)
     for which, gradient, true in zip(CROSS, ours, expected, strict=True):
         compare(f"gradient of {which}", gradient, true)
 
@@ -633,8 +634,8 @@ def test_empty_cross(native: bool, empty: str) -> None:
     orders = visiting_orders(2, 2) if empty == "samples" else torch.zeros(4, 0, dtype=torch.long)
     inputs, dout = draw_cross(orders, 0 if empty == "samples" else 2, 5, 3)
     low = [t.float() for t in inputs]
-    assert scan_cpu.cross_forward(native, *low, orders).shape == dout.shape
-    ours = scan_cpu.cross_backward(native, dout, *low, orders, [True] * 8)
+    assert scan_cpu.cross_forward(native, CrossInputs(*low, orders)).shape == dout.shape
+    ours = scan_cpu.cross_backward(native, dout, CrossInputs(*low, orders), [True] * 8)
     for which, gradient, given in zip(CROSS, ours, low, strict=True):
         assert gradient is not None and gradient.shape == given.shape, which
         assert not gradient.any(), which
@@ -651,10 +652,10 @@ def test_cross_in_half_precision(native: bool, dtype: torch.dtype) -> None:
     plain = [t.clone().requires_grad_() for t in half]
     out, low_out = cross_scan_ref(*truth, orders), cross_scan_ref(*plain, orders)
     expected, usual = gradients([out], truth, [dout]), gradients([low_out], plain, [dout])
-    ours_out = scan_cpu.cross_forward(native, *half, orders)
+    ours_out = scan_cpu.cross_forward(native, CrossInputs(*half, orders))
     assert ours_out.dtype == dtype
     assert error(ours_out, out) <= 2 * error(low_out, out)
-    ours = scan_cpu.cross_backward(native, dout, *half, orders, [True] * 8)
+    ours = scan_cpu.cross_backward(native, dout, CrossInputs(*half, orders), [True] * 8)
     for which, gradient, low, true in zip(CROSS, ours, usual, expected, strict=True):
         assert gradient is not None and low is not None and true is not None
         assert gradient.dtype == low.dtype, which
@@ -667,12 +668,12 @@ def test_cross_strides(native: bool) -> None:
     orders = ORDERS["2x3-cls"]
     inputs, dout = draw_cross(orders, 2, 20, 5)
     low = [t.float() for t in inputs]
-    expected = scan_cpu.cross_backward(native, dout, *low, orders, [True] * 8)
+    expected = scan_cpu.cross_backward(native, dout, CrossInputs(*low, orders), [True] * 8)
     wide = [torch.cat([t, torch.full_like(t, torch.nan)], dim=-1) for t in low]
     views = [w[..., : t.shape[-1]] for w, t in zip(wide, low, strict=True)]
     order_view = torch.stack([orders, orders], dim=-1)[..., 0]
     for _ in range(2):
-        ours = scan_cpu.cross_backward(native, dout, *views, order_view, [True] * 8)
+        ours = scan_cpu.cross_backward(native, dout, CrossInputs(*views, order_view), [True] * 8)
         for which, a, b in zip(CROSS, ours, expected, strict=True):
             assert a is not None and b is not None
             exact = {"rtol": 0, "atol": 0} if native else {"rtol": 1e-4, "atol": 1e-5}
@@ -688,9 +689,9 @@ def test_orders_are_checked(native: bool) -> None:
     for wrong in (7, -8):
         orders[2, 3] = wrong
         with pytest.raises((IndexError, RuntimeError)):
-            scan_cpu.cross_forward(native, *low, orders)
+            scan_cpu.cross_forward(native, CrossInputs(*low, orders))
         with pytest.raises((IndexError, RuntimeError)):
-            scan_cpu.cross_backward(native, dout, *low, orders, [True] * 8)
+            scan_cpu.cross_backward(native, dout, CrossInputs(*low, orders), [True] * 8)
         with pytest.raises((IndexError, RuntimeError)):
             scan_cpu.conv_forward(native, x, weight, None, orders, True)
         with pytest.raises((IndexError, RuntimeError)):
@@ -763,6 +764,7 @@ def test_conv_in_half_precision(native: bool, dtype: torch.dtype) -> None:
 MEMORY = """
 import json, re, torch
 from kernels import scan_cpu
+from kernels.inputs import ScanInputs
 def resident(name):
     status = open("/proc/self/status").read()
     return int(re.search(name + r":\\s+(\\d+) kB", status)[1]) / 1024
@@ -771,10 +773,10 @@ shape = (2, 1024, 512)
 u, delta, z, dout = (torch.rand(shape) for _ in range(4))
 A, B, C = -torch.rand(512, 64), torch.rand(2, 1024, 1, 64), torch.rand(2, 1024, 1, 64)
 def both(native, cut):
-    inputs = [x[:, :cut] for x in (u, delta)] + [A, B[:, :cut], C[:, :cut], None, z[:, :cut]]
-    rest = (*inputs, None, None, None, True, False)
-    kept = scan_cpu.scan_forward(native, *rest)
-    return kept, scan_cpu.scan_backward(native, dout[:, :cut], None, *rest, [True] * 9)
+    rows = [x[:, :cut] for x in (u, delta, B, C, z)]
+    inputs = ScanInputs(*rows[:2], A, *rows[2:4], None, rows[4], None, None, None, True, False)
+    kept = scan_cpu.scan_forward(native, inputs)
+    return kept, scan_cpu.scan_backward(native, dout[:, :cut], None, inputs, [True] * 9)
 result = []
 for native in (True, False):
     both(native, 2)
@@ -814,12 +816,13 @@ def python(code: str, **environment: str) -> str:
 WITHOUT_COMPILER = """
 import torch
 from kernels import scan_cpu
+from kernels.inputs import ScanInputs
 print(scan_cpu.native_available(), scan_cpu.native_error())
-u = torch.rand(1, 3, 2)
-rest = (u, u, -torch.rand(2, 4), torch.rand(1, 3, 1, 4), torch.rand(1, 3, 1, 4), *[None] * 5)
-print(scan_cpu.scan_forward(False, *rest, True, False)[0].shape)
+u, B = torch.rand(1, 3, 2), torch.rand(1, 3, 1, 4)
+inputs = ScanInputs(u, u, -torch.rand(2, 4), B, B, *[None] * 5, True, False)
+print(scan_cpu.scan_forward(False, inputs)[0].shape)
 try:
-    scan_cpu.scan_forward(True, *rest, True, False)
+    scan_cpu.scan_forward(True, inputs)
 except RuntimeError as error:
     print(error)
 """
