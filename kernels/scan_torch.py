@@ -50,7 +50,10 @@ def scan_forward(inputs: ScanInputs, kept: Tensor | None = None) -> tuple[Tensor
     """The output and the last state; `kept`, of `kept_size`, is written for `scan_backward`."""
     if inputs.reverse:
         inputs = _flipped(inputs)
-    u, z, groups, scan = inputs.u, inputs.z, inputs.groups, _scan(inputs)
+    threads = torch.get_num_threads()
+    if kept is not None:
+        kept[0] = threads
+    u, z, groups, scan = inputs.u, inputs.z, inputs.groups, _scan(inputs, threads)
     out, last = u.new_empty(u.shape), scan.A.new_empty(u.shape[0], *inputs.A.shape)
     memory = _Memory(scan.A)
     out_steps, z_steps = _steps(out, groups), None if z is None else _steps(z, groups)
@@ -68,14 +71,14 @@ def scan_forward(inputs: ScanInputs, kept: Tensor | None = None) -> tuple[Tensor
 
 
 def kept_size(batch: int, length: int, dim: int, state: int, gated: bool) -> int:
-    """How many numbers a forward keeps: states, and with z what the gate multiplies."""
-    return batch * dim * (length // _kept_every(batch, dim, state) * state + length * gated)
+    """How many numbers a forward keeps: its threads, states, with z what the gate multiplies."""
+    return 1 + batch * dim * (length // _kept_every(batch, dim, state) * state + length * gated)
 
 
 def _kept_every(batch: int, dim: int, state: int) -> int:
     """Steps from a state that a forward keeps to the next: a thread's chunk, or STEPS.
 
-    It does not depend on the number of threads, which can change between the two passes.
+    It does not depend on the number of threads: a compiled model may be run with others.
     """
     return max(STEPS, CHUNK // max(1, batch * dim * state) // STEPS * STEPS)
 
@@ -91,7 +94,9 @@ def scan_backward(
     if inputs.reverse:
         inputs, dout = _flipped(inputs), _flip(dout)
     u, delta, A, B, C, D, z, delta_bias, initial_state, *_ = inputs
-    groups, scan = inputs.groups, _scan(inputs)
+    # What was kept lies as the forward cut the scan, which may have had other threads.
+    threads = torch.get_num_threads() if kept is None else int(kept[0].item())
+    groups, scan = inputs.groups, _scan(inputs, threads)
     du, ddelta, dz = (
         x.new_empty(x.shape) if need and x is not None else None
         for x, need in ((u, needs[0]), (delta, needs[1]), (z, needs[6]))
@@ -259,6 +264,7 @@ class _Scan:
     flags: Tensor | None  # (B, L)
     softplus: bool
     every: int  # steps between states that a forward keeps; a chunk has so many or a multiple
+    threads: int  # that a chunk is cut for
 
     @cached_property
     def largest_rate(self) -> float:
@@ -267,7 +273,7 @@ class _Scan:
 
     def chunk(self) -> int:
         """Elements of a chunk of states."""
-        return CHUNK * torch.get_num_threads()
+        return CHUNK * self.threads
 
     def parts(self) -> Iterator[_Part]:
         """Ranges of samples and channels of which a few steps' states fit a chunk."""
@@ -592,7 +598,7 @@ class _Walk:
 
 
 class _Kept:
-    """What the forward of a part keeps for its backward, the first `size` numbers of a tensor.
+    """What the forward of a part keeps for its backward, the next `size` numbers of a tensor.
 
     Args:
         memory: flat.
@@ -917,7 +923,7 @@ class _Backward:
         return (rows.new_ones(1, len(rows)) @ rows)[None, None]
 
 
-def _scan(inputs: ScanInputs) -> _Scan:
+def _scan(inputs: ScanInputs, threads: int) -> _Scan:
     u, delta, A, B, C, D, _, bias, initial_state, flags, softplus, _ = inputs
     dtype, groups = _precision(u, delta, A, B, C), inputs.groups
 
@@ -942,6 +948,7 @@ def _scan(inputs: ScanInputs) -> _Scan:
         flags,
         softplus,
         _kept_every(u.shape[0], *A.shape),
+        threads,
     )
 
 
@@ -950,7 +957,8 @@ def _cross(inputs: CrossInputs) -> _Scan:
     dtype = _precision(u, A)
     A, B, C, D, bias = (t.to(dtype) for t in (A, B, C, D, bias))
     A, D, bias = A.mT[:, None, None], D[:, None, None], bias[:, None, None]
-    return _Scan(u, delta, A, B, C, D, bias, None, None, True, STEPS)
+    threads = torch.get_num_threads()
+    return _Scan(u, delta, A, B, C, D, bias, None, None, True, STEPS, threads)
 
 
 def _outputs(
@@ -984,6 +992,8 @@ def _walks(
     scan: _Scan, memory: _Memory, kept: Tensor | None = None, gated: bool = False
 ) -> Iterator[tuple[_Part, _Walk, _Kept | None]]:
     """Each part, its steps, and where its forward keeps what; `kept` is of `kept_size`."""
+    if kept is not None:
+        kept = kept[1:]  # the first is the number of threads
     for part in scan.parts():
         walk = _Walk(part.of_scan(scan), memory)
         ours = None

@@ -255,6 +255,31 @@ def test_torch_in_small_pieces(monkeypatch: pytest.MonkeyPatch, name: str, chunk
     check(False, CASES[name])
 
 
+@pytest.mark.parametrize("name", ["all-flags-reverse", "groups"])
+@pytest.mark.parametrize("threads", [(1, 3), (3, 1)], ids=str)
+def test_torch_with_other_threads_backward(
+    monkeypatch: pytest.MonkeyPatch, name: str, threads: tuple[int, int]
+) -> None:
+    """Parts, blocks and chunks are of the size for the threads; what is kept must fit them."""
+    monkeypatch.setattr(scan_torch, "CHUNK", 2000)
+    monkeypatch.setattr(scan_torch, "BLOCK", 3000)
+    before = torch.get_num_threads()
+
+    def with_threads(function: Callable[..., Any], count: int) -> Callable[..., Any]:
+        def run_with(*args: Any) -> Any:
+            torch.set_num_threads(count)
+            return function(*args)
+
+        return run_with
+
+    for function, count in zip(("scan_forward", "scan_backward"), threads, strict=True):
+        monkeypatch.setattr(scan_cpu, function, with_threads(getattr(scan_cpu, function), count))
+    try:
+        check(False, CASES[name])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_torch_in_float64() -> None:
     """float64 in, float64 throughout."""
     case = Case(length=12)
