@@ -966,7 +966,7 @@ def _outputs(
 ) -> Iterator[tuple[_Block, Tensor]]:
     """<C, h> + D u of each block, (chunks, G, B, S, D); `state` becomes h after the last step.
 
-    With `kept` they stand there, else where the next block's will.
+    With a gate and `kept` they stand there, else where the next block's will.
     """
     scan = walk.scan
     before = last = scan.start()
