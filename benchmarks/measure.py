@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks import machine, memory, roofline
 from benchmarks.results import Record
 from benchmarks.work import Case, Contender, Work, error_line, errors
+from emrrg.system import out_of_memory
 
 SECONDS = {"smoke": 0.0, "default": 2.0, "full": 20.0}  # of timed rounds
 ROUNDS = {"smoke": (1, 1), "default": (3, 30), "full": (5, 100)}  # fewest, most
@@ -148,15 +149,6 @@ def one_call(work: Work) -> float:
     start = machine.now()
     work.run(*prepared)
     return machine.now() - start
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether there was no room, on the device or in the computer."""
-    # Of torch's allocator on the CPU, CUDA itself and cuBLAS: all a RuntimeError.
-    lines = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        line in str(error) for line in lines
-    )
 
 
 def rounds_for(size: str, once: float) -> tuple[int, int]:

@@ -72,8 +72,11 @@ def available_memory(device: torch.device) -> int | None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on whatever device."""
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
+    # Of torch's allocator on the CPU, CUDA itself and cuBLAS: all a RuntimeError.
+    lines = ("DefaultCPUAllocator", "can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        line in str(error) for line in lines
+    )
 
 
 def numerics(device: torch.device) -> dict[str, str]:

@@ -506,6 +506,8 @@ def test_what_the_cpu_says_when_memory_runs_out() -> None:
         torch.empty(2**60, dtype=torch.uint8)
     assert out_of_memory(error.value)
     assert out_of_memory(MemoryError()) and out_of_memory(torch.OutOfMemoryError(""))
+    for said in ("CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"):
+        assert out_of_memory(RuntimeError(said))
     assert not out_of_memory(RuntimeError("shapes disagree"))
 
 
